@@ -1,0 +1,46 @@
+# The one entry to everything; `make help` lists it. Each target does the set-up it needs first
+# (tools/setup.sh), which is instant when nothing changed since.
+#
+#   make test PYTHON=python3.12        the interpreter for a new .venv, else python3
+#   make test PYTEST_ARGS="-k filter"  a part of the tests
+
+SHELL := /bin/bash
+PYTEST_ARGS ?=
+VENV := .venv/bin
+SET_UP := PYTHON='$(PYTHON)' tools/setup.sh
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean distclean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: ## set up, then load a real model twice, stock and patched, and compare
+	@$(SET_UP)
+	@$(VENV)/python benchmarks/demo.py
+
+test: ## set up with warnings as errors, then lint, then every test
+	@STX_WERROR=1 $(SET_UP)
+	@$(MAKE) --no-print-directory lint
+	@$(VENV)/python -m pytest $(PYTEST_ARGS)
+
+lint: ## style and types of the Python code, style of the C code
+	@$(SET_UP) no-build
+	@SECONDS=0; set -e; \
+	$(VENV)/ruff check .; \
+	$(VENV)/ruff format --check .; \
+	$(VENV)/mypy; \
+	$(VENV)/clang-format --dry-run -Werror csrc/*.[ch] csrc/*.cpp; \
+	echo "lint: done in $$SECONDS s"
+
+bench: ## set up, then measure loads against stock
+	@$(SET_UP)
+	@$(VENV)/python benchmarks/bench_load.py
+
+clean: ## remove what was built, stamps and caches; .venv stays
+	@rm -rf build dist *.egg-info stx_patch/*.so .stamps .coverage htmlcov
+	@rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## the same, and .venv
+	@rm -rf .venv

@@ -1,0 +1,148 @@
+#!/usr/bin/env bash
+# Makes a fresh machine ready: system packages, .venv, the built extension. Called by the Makefile.
+#
+#   tools/setup.sh            all of it
+#   tools/setup.sh no-build   without the extension
+#
+# Each step says what it does and is skipped when it was done before with the same inputs: their
+# hashes are kept in .stamps/. System packages are installed by apt-get, as root or through sudo;
+# elsewhere a line says what is missing. PYTHON names the interpreter for a new .venv, python3 where
+# it is empty; the STX_* switches are those of setup.py.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=${PYTHON:-python3}
+venv_python=.venv/bin/python
+first_second=$SECONDS
+
+say() { printf 'set-up: %s\n' "$*"; }
+stop() {
+    printf 'set-up: %s\n' "$*" >&2
+    exit 1
+}
+hash_of_input() { sha256sum | cut -d ' ' -f 1; }
+stamp() { cat ".stamps/$1" 2>/dev/null || true; }
+
+# --- system packages ---------------------------------------------------------------------------
+
+# Prints the Debian packages of what is not there, found by looking for the thing itself, so that
+# what came another way (conda, pyenv, a container image) counts.
+missing_packages() {
+    local has
+    for has in gcc g++ pkg-config; do
+        command -v "$has" >/dev/null || echo "$has"
+    done
+    pkg-config --exists simdjson 2>/dev/null || echo libsimdjson-dev
+    pkg-config --exists liburing 2>/dev/null || echo liburing-dev
+
+    if ! command -v "$python" >/dev/null; then
+        [ "$python" = python3 ] || stop "$python not found: install it or set PYTHON"
+        echo python3 python3-venv python3-dev
+        return
+    fi
+    local name # python3, or python3.12 where that is not the system's own python3
+    name=$("$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
+    [ "$(readlink -f /usr/bin/python3)" != "/usr/bin/$name" ] || name=python3
+    "$python" -c 'import ensurepip' 2>/dev/null || echo "$name-venv"
+    "$python" -c 'import os, sysconfig
+os.stat(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || echo "$name-dev"
+}
+
+system_step() {
+    [ "$(uname -s)" = Linux ] || return 0 # no extension is built there
+    local missing
+    missing=$(missing_packages | xargs)
+    if [ -z "$missing" ]; then return; fi
+    if ! command -v apt-get >/dev/null; then
+        stop "install what Debian calls $missing with this system's package manager, then try again"
+    fi
+    local as_root=()
+    if [ "$(id -u)" != 0 ]; then
+        command -v sudo >/dev/null || stop "as root, run: apt-get install $missing"
+        as_root=(sudo)
+    fi
+    say "installing system packages: $missing"
+    "${as_root[@]}" apt-get update -qq ||
+        say "apt-get update failed; going on with the package lists that are there"
+    # shellcheck disable=SC2086  # a list of words
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -y -qq --no-install-recommends $missing >/dev/null ||
+        stop "apt-get could not install: $missing"
+    missing=$(missing_packages | xargs)
+    if [ -n "$missing" ]; then
+        stop "installed, but still not found: $missing (is $python the system's Python?)"
+    fi
+}
+
+# --- .venv -------------------------------------------------------------------------------------
+
+venv_hash() { cat tools/setup.sh requirements-dev.txt | hash_of_input; }
+
+install() { "$venv_python" -m pip install -q --disable-pip-version-check --no-input "$@"; }
+
+venv_step() {
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        stop "Python 3.10 or newer is needed, $python is older: set PYTHON"
+    if ! "$venv_python" -m pip --version >/dev/null 2>&1; then
+        say "making .venv with $("$python" --version)"
+        "$python" -m venv --clear .venv
+    fi
+    local torch
+    torch=$(grep '^torch==' requirements-dev.txt)
+    say "installing $torch into .venv (large where it is not there yet)"
+    install "$torch"
+    say "installing the rest of requirements-dev.txt into .venv"
+    install -r requirements-dev.txt
+    printf '%s\n' "$1" >.stamps/venv
+}
+
+# --- extension ---------------------------------------------------------------------------------
+
+# STX_WERROR is left out: it changes whether the build succeeds, not what is built.
+build_hash() {
+    {
+        echo "$1 ${STX_DEBUG:-} ${STX_SANITIZE:-} ${STX_COVERAGE:-} ${CFLAGS:-} ${CXXFLAGS:-}"
+        cat setup.py pyproject.toml
+        find csrc -name '*.[ch]' -print0 -o -name '*.cpp' -print0 | sort -z | xargs -0 sha256sum
+    } | hash_of_input
+}
+
+build_is_current() { # a build without warnings also serves who did not ask for that
+    compgen -G 'stx_patch/_C*.so' >/dev/null || [ "$(uname -s)" != Linux ] || return 1
+    [ "$(stamp build)" = "$1 strict" ] || [ "$(stamp build)" = "$1${STX_WERROR:+ strict}" ]
+}
+
+build_step() {
+    say "building stx_patch into this folder (pip install -e .)"
+    install --no-build-isolation --no-deps -e .
+    printf '%s\n' "$1${STX_WERROR:+ strict}" >.stamps/build
+}
+
+# -----------------------------------------------------------------------------------------------
+
+mkdir -p .stamps
+if command -v flock >/dev/null; then # two set-ups in one folder take turns
+    exec 9>.stamps/lock
+    flock 9
+fi
+
+version='import sys; print("%d.%d" % sys.version_info[:2])'
+if [ -n "${PYTHON:-}" ] && [ -x "$venv_python" ]; then
+    [ "$("$python" -c "$version")" = "$("$venv_python" -c "$version")" ] ||
+        stop ".venv was not made with $python: make distclean first"
+fi
+
+venv=$(venv_hash)
+build=$(build_hash "$venv")
+did_nothing=yes
+if [ "$(stamp venv)" != "$venv" ] || [ ! -x "$venv_python" ]; then
+    did_nothing=
+    system_step
+    venv_step "$venv"
+fi
+if [ "${1:-}" != no-build ] && ! build_is_current "$build"; then
+    did_nothing=
+    system_step
+    build_step "$build"
+fi
+[ -n "$did_nothing" ] || say "done in $((SECONDS - first_second)) s"

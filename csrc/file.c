@@ -1,0 +1,87 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Files by plain system calls. Guarantee: every descriptor opened here is close-on-exec and no
+ * call returns half a read. Does not know what is in the file.
+ */
+#include "file.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "checked.h"
+
+#ifndef SYS_cachestat
+#define SYS_cachestat 451 /* the same number on every architecture; Linux 6.5 */
+#endif
+
+/* One pread moves less than 2 GiB on Linux. */
+#define READ_BYTES_MAX (UINT64_C(1) << 30)
+
+enum stx_status stx_file_open(struct stx_file *file, const char *path, struct stx_err *err) {
+    struct stat status;
+    *file = (struct stx_file){.fd = -1};
+    /* Non-blocking so that a pipe without a writer is refused instead of waited for. */
+    const int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0) return stx_err_set_errno(err, errno, "open");
+    if (fstat(fd, &status) != 0) {
+        (void)stx_err_set_errno(err, errno, "fstat");
+        (void)close(fd);
+        return err->status;
+    }
+    if (!S_ISREG(status.st_mode)) {
+        (void)close(fd);
+        return stx_err_set(err, STX_ERR_UNSUPPORTED, "not a regular file");
+    }
+    file->fd = fd;
+    file->identity = (struct stx_file_identity){
+        .device = (uint64_t)status.st_dev,
+        .inode = (uint64_t)status.st_ino,
+        .size_bytes = (uint64_t)status.st_size,
+        .mtime_ns = (int64_t)status.st_mtim.tv_sec * 1000000000 + status.st_mtim.tv_nsec};
+    return STX_OK;
+}
+
+void stx_file_close(struct stx_file *file) {
+    if (file->fd >= 0) (void)close(file->fd);
+    file->fd = -1;
+}
+
+enum stx_status stx_file_read(const struct stx_file *file, void *buffer, uint64_t size_bytes,
+                              uint64_t offset_bytes, struct stx_err *err) {
+    char *target = buffer;
+    while (size_bytes != 0) {
+        const ssize_t got = pread(file->fd, target, (size_t)stx_min_u64(size_bytes, READ_BYTES_MAX),
+                                  (off_t)offset_bytes);
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0) return stx_err_set_errno(err, errno, "pread");
+        if (got == 0)
+            return stx_err_set(err, STX_ERR_IO, "file truncated at byte %llu",
+                               (unsigned long long)offset_bytes);
+        target += got;
+        offset_bytes += (uint64_t)got;
+        size_bytes -= (uint64_t)got;
+    }
+    return STX_OK;
+}
+
+void stx_file_expect_sequential(const struct stx_file *file) {
+    (void)posix_fadvise(file->fd, 0, 0, POSIX_FADV_SEQUENTIAL);
+}
+
+enum stx_status stx_file_cached_bytes(const struct stx_file *file, uint64_t *cached_bytes,
+                                      struct stx_err *err) {
+    /* struct cachestat_range and struct cachestat of linux/mman.h, which old headers lack. */
+    struct {
+        uint64_t offset, length;
+    } range = {0, 0}; /* length 0: to the end */
+    struct {
+        uint64_t cached, dirty, writeback, evicted, recently_evicted;
+    } pages = {0, 0, 0, 0, 0};
+    if (syscall(SYS_cachestat, file->fd, &range, &pages, 0u) != 0)
+        return stx_err_set(err, STX_ERR_UNSUPPORTED, "page cache residency is not told");
+    *cached_bytes = pages.cached * (uint64_t)sysconf(_SC_PAGESIZE);
+    return STX_OK;
+}

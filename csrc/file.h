@@ -1,0 +1,49 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * A regular file opened for reading: its size, its identity, whole reads at an offset, and what
+ * the page cache holds of it. Opening never blocks on a pipe or device: those are refused.
+ */
+#ifndef STX_FILE_H
+#define STX_FILE_H
+
+#include <stdint.h>
+
+#include "err.h"
+
+/* What makes two opens the same file content, as far as the system tells. */
+struct stx_file_identity {
+    uint64_t device;
+    uint64_t inode;
+    uint64_t size_bytes;
+    int64_t mtime_ns;
+};
+
+/* Caller-owned. `fd` is -1 when closed. */
+struct stx_file {
+    int fd;
+    struct stx_file_identity identity;
+};
+
+/* Open `path` for reading. Errors: STX_ERR_IO; STX_ERR_UNSUPPORTED if it is no regular file. */
+enum stx_status stx_file_open(struct stx_file *file, const char *path,
+                              struct stx_err *err) STX_NODISCARD;
+
+/* Close it; a closed file (fd -1) is fine. */
+void stx_file_close(struct stx_file *file);
+
+/* Read exactly `size_bytes` at `offset_bytes` into `buffer`. Errors: STX_ERR_IO, also for a file
+ * that ends before (it was truncated since it was opened). */
+enum stx_status stx_file_read(const struct stx_file *file, void *buffer, uint64_t size_bytes,
+                              uint64_t offset_bytes, struct stx_err *err) STX_NODISCARD;
+
+/* Tell the system that whole runs will be read in order: its read-ahead window doubles. A hint:
+ * what it answers does not matter. */
+void stx_file_expect_sequential(const struct stx_file *file);
+
+/* How many bytes of the file are in the page cache (whole pages; at most 2^63). Errors:
+ * STX_ERR_UNSUPPORTED where the system does not tell (before Linux 6.5, or a file that is not
+ * ours to ask about), which callers treat as "not cached". */
+enum stx_status stx_file_cached_bytes(const struct stx_file *file, uint64_t *cached_bytes,
+                                      struct stx_err *err) STX_NODISCARD;
+
+#endif

@@ -1,0 +1,373 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The handle type: stock's methods over one native source, and a few of our own.
+ *
+ * DESIGN. An open handle (py_open.c) is a table and a mapping: making a tensor does not touch the
+ * file. Every method runs with the GIL, but
+ * allocating Python objects may run other threads' code, and one of them may close the handle:
+ * `busy` counts methods that are inside, and what close gives up is freed when the last one leaves.
+ *
+ * What a handle cannot serve (a 6-bit dtype, an active dispatch mode, a method that only a newer
+ * stock has) goes through its origin to a stock handle of the same file.
+ */
+#include "py_handle.h"
+
+#include "plan.h"
+#include "py_args.h"
+#include "py_err.h"
+#include "py_slice.h"
+
+/* Reads over a gap of at most a page cost nothing extra: the page is read anyway. */
+#define GAP_BYTES 4096
+#define ALIGN_BYTES 4096
+#define BLOCK_BYTES ((uint64_t)2 << 20)
+
+/* --- life --- */
+
+static void release_source(struct stx_py_handle *self) {
+    stx_py_names_free(&self->names);
+    stx_source_close(&self->source);
+    PyMem_Free(self->keep);
+    PyMem_Free(self->sorted);
+    self->keep = NULL;
+    self->sorted = NULL;
+}
+
+/* Begin a method. False with "File is closed". */
+static bool enter(struct stx_py_handle *self) {
+    if (self->closed) {
+        (void)stx_py_raise_closed(self->state);
+        return false;
+    }
+    self->busy++;
+    return true;
+}
+
+/* End a method; passes its result on. */
+static PyObject *leave(struct stx_py_handle *self, PyObject *py_result) {
+    if (--self->busy == 0 && self->closed) release_source(self);
+    return py_result;
+}
+
+static int handle_traverse(PyObject *py_self, visitproc visit, void *arg) {
+    Py_VISIT(Py_TYPE(py_self));
+    Py_VISIT(((struct stx_py_handle *)py_self)->py_origin);
+    return 0;
+}
+
+static int handle_clear(PyObject *py_self) {
+    Py_CLEAR(((struct stx_py_handle *)py_self)->py_origin);
+    return 0;
+}
+
+static void handle_dealloc(PyObject *py_self) {
+    struct stx_py_handle *self = (struct stx_py_handle *)py_self;
+    PyTypeObject *type = Py_TYPE(py_self);
+    PyObject_GC_UnTrack(py_self);
+    release_source(self);
+    Py_XDECREF(self->py_origin);
+    PyObject_GC_Del(py_self);
+    Py_DECREF(type);
+}
+
+/* --- names --- */
+
+/* The index of a kept tensor, or -1 with stock's error. */
+static Py_ssize_t find_kept(struct stx_py_handle *self, PyObject *py_name) {
+    Py_ssize_t name_bytes = 0;
+    const char *name = PyUnicode_AsUTF8AndSize(py_name, &name_bytes);
+    if (name == NULL) return -1;
+    const struct stx_header *header = &self->source.header;
+    const struct stx_tensor *tensor = stx_header_find(header, name, (size_t)name_bytes);
+    if (tensor != NULL && stx_py_handle_keeps(self, (size_t)(tensor - header->tensors)))
+        return tensor - header->tensors;
+    (void)stx_py_raise_missing(self->state, py_name, tensor != NULL);
+    return -1;
+}
+
+/* Names of the kept tensors; `order` gives indexes, NULL means offset order. */
+static PyObject *list_names(struct stx_py_handle *self, const uint32_t *order) {
+    PyObject *py_list = PyList_New((Py_ssize_t)self->kept_count);
+    Py_ssize_t filled = 0;
+    for (size_t i = 0; py_list != NULL && i < self->source.header.tensors_count; i++) {
+        const size_t index = order == NULL ? i : order[i];
+        if (!stx_py_handle_keeps(self, index)) continue;
+        PyObject *py_name = stx_py_names_get(&self->names, index);
+        if (py_name == NULL) {
+            Py_CLEAR(py_list);
+            break;
+        }
+        (void)PyList_SetItem(py_list, filled++, Py_NewRef(py_name));
+    }
+    return py_list;
+}
+
+static PyObject *sort_and_list(struct stx_py_handle *self) {
+    struct stx_err err;
+    if (self->sorted == NULL) {
+        const size_t count = self->source.header.tensors_count;
+        uint32_t *order = PyMem_Calloc(count + 1, sizeof *order);
+        if (order == NULL || stx_header_sort_names(&self->source.header, order, &err) != STX_OK) {
+            PyMem_Free(order);
+            return PyErr_NoMemory();
+        }
+        self->sorted = order;
+    }
+    return list_names(self, self->sorted);
+}
+
+static PyObject *handle_keys(PyObject *py_self, PyObject *py_unused) {
+    struct stx_py_handle *self = (struct stx_py_handle *)py_self;
+    (void)py_unused;
+    return enter(self) ? leave(self, sort_and_list(self)) : NULL;
+}
+
+static PyObject *handle_offset_keys(PyObject *py_self, PyObject *py_unused) {
+    struct stx_py_handle *self = (struct stx_py_handle *)py_self;
+    (void)py_unused;
+    return enter(self) ? leave(self, list_names(self, NULL)) : NULL;
+}
+
+static PyObject *build_metadata(const struct stx_header *header) {
+    if (!header->has_metadata) return Py_NewRef(Py_None);
+    PyObject *py_metadata = PyDict_New();
+    for (size_t i = 0; py_metadata != NULL && i < header->metadata_count; i++) {
+        const struct stx_metadata_pair *pair = &header->metadata[i];
+        PyObject *py_key = PyUnicode_FromStringAndSize(pair->key, pair->key_bytes);
+        PyObject *py_value = PyUnicode_FromStringAndSize(pair->value, pair->value_bytes);
+        if (py_key == NULL || py_value == NULL ||
+            PyDict_SetItem(py_metadata, py_key, py_value) != 0)
+            Py_CLEAR(py_metadata);
+        Py_XDECREF(py_key);
+        Py_XDECREF(py_value);
+    }
+    return py_metadata;
+}
+
+static PyObject *handle_metadata(PyObject *py_self, PyObject *py_unused) {
+    struct stx_py_handle *self = (struct stx_py_handle *)py_self;
+    (void)py_unused;
+    return enter(self) ? leave(self, build_metadata(&self->source.header)) : NULL;
+}
+
+/* --- tensors --- */
+
+static struct stx_py_place place_of(const struct stx_py_handle *self, bool advise) {
+    return (struct stx_py_place){.mapping = self->source.mapping,
+                                 .data_begin_bytes = self->source.header.data_begin_bytes,
+                                 .advise = advise};
+}
+
+/* `dispatch_depth` is torch's, asked once per call from outside. */
+static PyObject *make_tensor(struct stx_py_handle *self, size_t index,
+                             const struct stx_py_place *place, int dispatch_depth) {
+    const struct stx_tensor *tensor = &self->source.header.tensors[index];
+    if (dispatch_depth == 0 && stx_py_tensor_is_native(tensor))
+        return stx_py_tensor_make(self->state, place, tensor);
+    PyObject *py_name = stx_py_names_get(&self->names, index);
+    if (py_name == NULL) return NULL;
+    return PyObject_CallMethod(self->py_origin, "stock_tensor", "O", py_name);
+}
+
+/* The four methods that take a name: what each does with the tensor it found. */
+typedef PyObject *(*on_tensor)(struct stx_py_handle *self, size_t index);
+
+static PyObject *call_with_name(PyObject *py_self, const char *function, on_tensor action,
+                                PyObject *const *py_arguments, Py_ssize_t count,
+                                PyObject *py_keywords) {
+    struct stx_py_handle *self = (struct stx_py_handle *)py_self;
+    PyObject *py_name = stx_py_args_name(function, py_arguments, count, py_keywords);
+    if (py_name == NULL || !enter(self)) return NULL;
+    const Py_ssize_t index = find_kept(self, py_name);
+    return leave(self, index < 0 ? NULL : action(self, (size_t)index));
+}
+
+static PyObject *give_tensor(struct stx_py_handle *self, size_t index) {
+    const struct stx_py_place place = place_of(self, self->advise);
+    const int dispatch_depth = stx_py_torch_dispatch_depth(self->state);
+    return dispatch_depth < 0 ? NULL : make_tensor(self, index, &place, dispatch_depth);
+}
+
+static PyObject *give_slice(struct stx_py_handle *self, size_t index) {
+    const struct stx_py_place place = place_of(self, self->advise);
+    PyObject *py_name = stx_py_names_get(&self->names, index);
+    if (py_name == NULL) return NULL;
+    return stx_py_slice_new(self->state, &place, &self->source.header.tensors[index], py_name,
+                            self->py_origin);
+}
+
+static PyObject *give_dtype(struct stx_py_handle *self, size_t index) {
+    return PyUnicode_FromString(stx_dtype_info(self->source.header.tensors[index].dtype)->name);
+}
+
+static PyObject *give_shape(struct stx_py_handle *self, size_t index) {
+    return stx_py_shape_list(&self->source.header.tensors[index]);
+}
+
+static PyObject *give_nbytes(struct stx_py_handle *self, size_t index) {
+    const struct stx_tensor *tensor = &self->source.header.tensors[index];
+    return PyLong_FromUnsignedLongLong(tensor->end - tensor->begin);
+}
+
+#define METHOD_WITH_NAME(method, action)                                                  \
+    static PyObject *handle_##method(PyObject *py_self, PyObject *const *py_arguments,    \
+                                     Py_ssize_t count, PyObject *py_keywords) {           \
+        return call_with_name(py_self, "safe_open." #method, action, py_arguments, count, \
+                              py_keywords);                                               \
+    }
+METHOD_WITH_NAME(get_tensor, give_tensor)
+METHOD_WITH_NAME(get_slice, give_slice)
+METHOD_WITH_NAME(get_dtype, give_dtype)
+METHOD_WITH_NAME(get_shape, give_shape)
+METHOD_WITH_NAME(nbytes, give_nbytes)
+
+/* All that is kept of a cold file that is kept in part: have exactly its plan read. */
+static int advise_plan(struct stx_py_handle *self) {
+    const struct stx_plan_input input = {.header = &self->source.header, .keep = self->keep};
+    const struct stx_plan_limits limits = {
+        .gap_bytes = GAP_BYTES, .align_bytes = ALIGN_BYTES, .block_bytes = BLOCK_BYTES};
+    struct stx_py_counters *counters = &self->state->counters;
+    struct stx_plan plan;
+    struct stx_err err;
+    const uint64_t start_ns = stx_py_clock_ns();
+    if (stx_plan_build(&plan, &input, 1, &limits, &err) != STX_OK) return PyErr_NoMemory(), -1;
+    counters->plan_ns += stx_py_clock_ns() - start_ns;
+    Py_BEGIN_ALLOW_THREADS; /* `busy` keeps the mapping */
+    for (size_t i = 0; i < plan.reads_count; i++)
+        stx_mapping_will_need(self->source.mapping, plan.reads[i].begin_bytes,
+                              plan.reads[i].end_bytes);
+    Py_END_ALLOW_THREADS;
+    counters->requests += plan.reads_count;
+    counters->bytes_read += plan.bytes_read;
+    counters->bytes_over_read += plan.bytes_read - plan.bytes_kept;
+    stx_plan_free(&plan);
+    return 0;
+}
+
+static PyObject *build_tensors(struct stx_py_handle *self) {
+    const struct stx_py_place place = place_of(self, false);
+    const int dispatch_depth = stx_py_torch_dispatch_depth(self->state);
+    if (dispatch_depth < 0 || (self->advise && advise_plan(self) != 0)) return NULL;
+    const uint64_t start_ns = stx_py_clock_ns();
+    PyObject *py_tensors = PyDict_New();
+    for (size_t i = 0; py_tensors != NULL && i < self->source.header.tensors_count; i++) {
+        if (!stx_py_handle_keeps(self, i)) continue;
+        PyObject *py_name = stx_py_names_get(&self->names, i);
+        PyObject *py_tensor = py_name == NULL ? NULL : make_tensor(self, i, &place, dispatch_depth);
+        if (py_tensor == NULL || PyDict_SetItem(py_tensors, py_name, py_tensor) != 0)
+            Py_CLEAR(py_tensors);
+        Py_XDECREF(py_tensor);
+    }
+    self->state->counters.wrap_ns += stx_py_clock_ns() - start_ns;
+    return py_tensors;
+}
+
+static PyObject *handle_get_tensors(PyObject *py_self, PyObject *py_unused) {
+    struct stx_py_handle *self = (struct stx_py_handle *)py_self;
+    (void)py_unused;
+    return enter(self) ? leave(self, build_tensors(self)) : NULL;
+}
+
+/* --- the rest --- */
+
+static PyObject *handle_total_tensor_size(PyObject *py_self, void *unused) {
+    struct stx_py_handle *self = (struct stx_py_handle *)py_self;
+    (void)unused;
+    return PyLong_FromUnsignedLongLong(self->kept_bytes);
+}
+
+static PyObject *handle_skipped(PyObject *py_self, void *unused) {
+    struct stx_py_handle *self = (struct stx_py_handle *)py_self;
+    (void)unused;
+    return PyLong_FromSize_t(self->skipped_count);
+}
+
+static PyObject *handle_enter(PyObject *py_self, PyObject *py_unused) {
+    (void)py_unused;
+    return Py_NewRef(py_self);
+}
+
+static PyObject *handle_exit(PyObject *py_self, PyObject *const *py_arguments, Py_ssize_t count,
+                             PyObject *py_keywords) {
+    static const char *const parameters[] = {"_exc_type", "_exc_value", "_traceback"};
+    struct stx_py_handle *self = (struct stx_py_handle *)py_self;
+    PyObject *py_bound[3];
+    if (stx_py_args_bind("safe_open.__exit__", parameters, 3, py_arguments, count, py_keywords,
+                         py_bound) != 0)
+        return NULL;
+    self->closed = true;
+    if (self->busy == 0) release_source(self);
+    return Py_NewRef(Py_None);
+}
+
+/* A public attribute that only stock has (a newer one's methods) comes from stock. */
+static PyObject *handle_getattro(PyObject *py_self, PyObject *py_attribute) {
+    struct stx_py_handle *self = (struct stx_py_handle *)py_self;
+    PyObject *py_type, *py_value, *py_traceback;
+    PyObject *py_found = PyObject_GenericGetAttr(py_self, py_attribute);
+    if (py_found != NULL || !PyErr_ExceptionMatches(PyExc_AttributeError)) return py_found;
+    if (self->py_origin == NULL || PyUnicode_ReadChar(py_attribute, 0) == '_') return NULL;
+    PyErr_Fetch(&py_type, &py_value, &py_traceback);
+    py_found = PyObject_CallMethod(self->py_origin, "stock_attribute", "OO", py_self, py_attribute);
+    if (py_found == Py_NotImplemented) {
+        Py_DECREF(py_found);
+        PyErr_Restore(py_type, py_value, py_traceback);
+        return NULL;
+    }
+    Py_XDECREF(py_type);
+    Py_XDECREF(py_value);
+    Py_XDECREF(py_traceback);
+    return py_found;
+}
+
+#define WITH_NAME(function) ((PyCFunction)(void (*)(void))(function)), METH_FASTCALL | METH_KEYWORDS
+
+static PyMethodDef handle_methods[] = {
+    {"keys", handle_keys, METH_NOARGS,
+     PyDoc_STR("keys($self, /)\n--\n\nNames of the tensors, sorted: a list of str.")},
+    {"offset_keys", handle_offset_keys, METH_NOARGS,
+     PyDoc_STR("offset_keys($self, /)\n--\n\nNames of the tensors in file order.")},
+    {"metadata", handle_metadata, METH_NOARGS,
+     PyDoc_STR("metadata($self, /)\n--\n\nThe header's __metadata__: a new dict, or None.")},
+    {"get_tensor", WITH_NAME(handle_get_tensor),
+     PyDoc_STR("get_tensor($self, name)\n--\n\nThe tensor called name; it owns its storage.\n"
+               "SafetensorError if there is none.")},
+    {"get_tensors", handle_get_tensors, METH_NOARGS,
+     PyDoc_STR("get_tensors($self, /)\n--\n\nAll tensors: a dict in file order.")},
+    {"get_slice", WITH_NAME(handle_get_slice),
+     PyDoc_STR("get_slice($self, name)\n--\n\nA lazy slice of the tensor called name; index it.\n"
+               "SafetensorError if there is none.")},
+    {"get_dtype", WITH_NAME(handle_get_dtype),
+     PyDoc_STR("get_dtype($self, name)\n--\n\nIts dtype as the header spells it, such as "
+               "\"BF16\".")},
+    {"get_shape", WITH_NAME(handle_get_shape),
+     PyDoc_STR("get_shape($self, name)\n--\n\nIts shape: a list of int.")},
+    {"nbytes", WITH_NAME(handle_nbytes),
+     PyDoc_STR("nbytes($self, name)\n--\n\nIts size in the file, in bytes.")},
+    {"__enter__", handle_enter, METH_NOARGS, NULL},
+    {"__exit__", WITH_NAME(handle_exit), NULL},
+    {NULL, NULL, 0, NULL}};
+
+static PyGetSetDef handle_getset[] = {
+    {"total_tensor_size", handle_total_tensor_size, NULL,
+     PyDoc_STR("Bytes of all tensors that are kept."), NULL},
+    {"_skipped_count", handle_skipped, NULL, PyDoc_STR("Tensors that a filter left out."), NULL},
+    {NULL, NULL, NULL, NULL, NULL}};
+
+static PyType_Slot handle_slots[] = {
+    {Py_tp_doc, (void *)(uintptr_t) "A safetensors file, opened natively by stx_patch."},
+    {Py_tp_dealloc, handle_dealloc},
+    {Py_tp_traverse, handle_traverse},
+    {Py_tp_clear, handle_clear},
+    {Py_tp_getattro, handle_getattro},
+    {Py_tp_methods, handle_methods},
+    {Py_tp_getset, handle_getset},
+    {0, NULL}};
+
+/* The name is stock's, because Python's own error texts show it. */
+PyType_Spec stx_py_handle_spec = {.name = "builtins.safe_open",
+                                  .basicsize = sizeof(struct stx_py_handle),
+                                  .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC |
+                                           Py_TPFLAGS_DISALLOW_INSTANTIATION |
+                                           Py_TPFLAGS_IMMUTABLETYPE,
+                                  .slots = handle_slots};

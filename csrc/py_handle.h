@@ -1,0 +1,39 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The handle that safe_open returns for a file we serve: shared by the file that opens it
+ * (py_open.c) and the one with its methods (py_handle.c). GIL held.
+ */
+#ifndef STX_PY_HANDLE_H
+#define STX_PY_HANDLE_H
+
+#include <stdbool.h>
+
+#include "py_names.h"
+#include "py_state.h"
+#include "source.h"
+
+struct stx_py_handle {
+    PyObject_HEAD struct stx_py_state *state; /* borrowed: the type keeps the module */
+    struct stx_source source;
+    struct stx_py_names names;
+    uint8_t *keep;    /* flags in offset order; NULL keeps all */
+    uint32_t *sorted; /* indexes by name, all tensors; NULL until keys() */
+    size_t kept_count;
+    size_t skipped_count;
+    uint64_t kept_bytes;
+    PyObject *py_origin;
+    size_t busy;
+    bool closed;
+    bool advise; /* cold and sparse */
+};
+
+/* Whether the filter kept the tensor at `index`. */
+static inline bool stx_py_handle_keeps(const struct stx_py_handle *self, size_t index) {
+    return self->keep == NULL || self->keep[index] != 0;
+}
+
+/* _C.open(path, rule, origin) -> handle. Opens natively or raises _C.Refused; what a filter raises
+ * comes through as it is. `origin` is the Python object that reaches stock for this file. */
+PyObject *stx_py_handle_open(PyObject *py_module, PyObject *py_arguments);
+
+#endif

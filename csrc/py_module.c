@@ -1,0 +1,106 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The module stx_patch._C: a table of contents. Functions and types live in the files named beside
+ * them; here they are only listed, and the module's state is made and torn down.
+ */
+#include <Python.h>
+#include <time.h>
+
+#include "py_filter.h"
+#include "py_handle.h"
+#include "py_tensor.h"
+
+uint64_t stx_py_clock_ns(void) {
+    struct timespec now;
+    (void)clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+/* Fields of struct stx_py_counters, in its order, as Python sees them. */
+static const char *const counter_names[] = {
+    "opens",           "tensors_native", "keys_kept",    "keys_skipped",
+    "bytes_kept",      "bytes_skipped",  "bytes_wanted", "bytes_read",
+    "bytes_over_read", "requests",       "files_cold",   "files_warm",
+    "header_ns",       "filter_ns",      "plan_ns",      "wrap_ns"};
+#define COUNTERS_COUNT (sizeof counter_names / sizeof counter_names[0])
+_Static_assert(sizeof(struct stx_py_counters) == COUNTERS_COUNT * sizeof(uint64_t),
+               "a name for each counter");
+
+static PyObject *module_counters(PyObject *py_module, PyObject *py_unused) {
+    const struct stx_py_state *state = PyModule_GetState(py_module);
+    const uint64_t *values = (const uint64_t *)&state->counters;
+    PyObject *py_counters = PyDict_New();
+    (void)py_unused;
+    for (size_t i = 0; py_counters != NULL && i < COUNTERS_COUNT; i++) {
+        PyObject *py_value = PyLong_FromUnsignedLongLong(values[i]);
+        if (py_value == NULL || PyDict_SetItemString(py_counters, counter_names[i], py_value) != 0)
+            Py_CLEAR(py_counters);
+        Py_XDECREF(py_value);
+    }
+    return py_counters;
+}
+
+static PyMethodDef module_methods[] = {
+    /* py_open.c */
+    {"open", stx_py_handle_open, METH_VARARGS,
+     PyDoc_STR("open(path, rule, origin) -> handle; raises Refused")},
+    /* py_filter.c */
+    {"match_rule", stx_py_filter_match, METH_VARARGS, PyDoc_STR("match_rule(rule, name) -> bool")},
+    /* here */
+    {"counters", module_counters, METH_NOARGS, PyDoc_STR("counters() -> dict[str, int]")},
+    {NULL, NULL, 0, NULL}};
+
+static int module_exec(PyObject *py_module) {
+    struct stx_py_state *state = PyModule_GetState(py_module);
+    state->handle_type =
+        (PyTypeObject *)PyType_FromModuleAndSpec(py_module, &stx_py_handle_spec, NULL);
+    state->slice_type =
+        (PyTypeObject *)PyType_FromModuleAndSpec(py_module, &stx_py_slice_spec, NULL);
+    state->refused = PyErr_NewExceptionWithDoc(
+        "stx_patch._C.Refused", "(kind, text, position): this file is stock's to serve.", NULL,
+        NULL);
+    if (state->handle_type == NULL || state->slice_type == NULL || state->refused == NULL ||
+        PyModule_AddObjectRef(py_module, "Handle", (PyObject *)state->handle_type) != 0 ||
+        PyModule_AddObjectRef(py_module, "Slice", (PyObject *)state->slice_type) != 0 ||
+        PyModule_AddObjectRef(py_module, "Refused", state->refused) != 0)
+        return -1;
+    return 0;
+}
+
+static int module_traverse(PyObject *py_module, visitproc visit, void *arg) {
+    const struct stx_py_state *state = PyModule_GetState(py_module);
+    Py_VISIT(state->handle_type);
+    Py_VISIT(state->slice_type);
+    Py_VISIT(state->refused);
+    Py_VISIT(state->safetensors_error);
+    Py_VISIT(state->tensor_key);
+    Py_VISIT(state->torch.module);
+    return 0;
+}
+
+static int module_clear(PyObject *py_module) {
+    struct stx_py_state *state = PyModule_GetState(py_module);
+    Py_CLEAR(state->handle_type);
+    Py_CLEAR(state->slice_type);
+    Py_CLEAR(state->refused);
+    Py_CLEAR(state->safetensors_error);
+    Py_CLEAR(state->tensor_key);
+    stx_py_torch_clear(state);
+    return 0;
+}
+
+static void module_free(void *module) { (void)module_clear(module); }
+
+static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0, NULL}};
+
+static struct PyModuleDef module_def = {.m_base = PyModuleDef_HEAD_INIT,
+                                        .m_name = "stx_patch._C",
+                                        .m_doc = "The native core of stx_patch.",
+                                        .m_size = sizeof(struct stx_py_state),
+                                        .m_methods = module_methods,
+                                        .m_slots = module_slots,
+                                        .m_traverse = module_traverse,
+                                        .m_clear = module_clear,
+                                        .m_free = module_free};
+
+PyMODINIT_FUNC PyInit__C(void) { return PyModuleDef_Init(&module_def); }

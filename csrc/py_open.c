@@ -1,0 +1,126 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Opens a file for Python: all that can fail happens here, before anything is read but the header.
+ *
+ * DESIGN. Header and mapping are made without the GIL, so that many threads open shards at once;
+ * then, with it, the filter decides which entries exist. The order is the promise: a filter has
+ * been asked about every entry before any read is planned.
+ */
+#include <string.h>
+
+#include "py_err.h"
+#include "py_filter.h"
+#include "py_handle.h"
+#include "py_tensor.h"
+
+/* Sum up what is kept; the plan of this handle is made when something is to be read. */
+static void count_kept(struct stx_py_handle *self) {
+    const struct stx_header *header = &self->source.header;
+    struct stx_py_counters *counters = &self->state->counters;
+    uint64_t total_bytes = 0;
+    for (size_t i = 0; i < header->tensors_count; i++) {
+        const uint64_t size_bytes = header->tensors[i].end - header->tensors[i].begin;
+        total_bytes += size_bytes;
+        if (!stx_py_handle_keeps(self, i)) continue;
+        self->kept_count++;
+        self->kept_bytes += size_bytes;
+    }
+    counters->keys_kept += self->kept_count;
+    self->skipped_count = header->tensors_count - self->kept_count;
+    counters->keys_skipped += self->skipped_count;
+    counters->bytes_kept += self->kept_bytes;
+    counters->bytes_skipped += total_bytes - self->kept_bytes;
+}
+
+/* A file that is at least nine tenths cached is warm: nothing is gained by advice. */
+static void decide_advice(struct stx_py_handle *self) {
+    struct stx_py_counters *counters = &self->state->counters;
+    const uint64_t size_bytes = self->source.identity.size_bytes;
+    const bool warm = self->source.cached_bytes >= size_bytes - size_bytes / 10;
+    if (warm) counters->files_warm++;
+    if (!warm) counters->files_cold++;
+    self->advise = !warm && self->skipped_count != 0;
+    if (self->advise) stx_mapping_expect_random(self->source.mapping);
+}
+
+static int apply_filter(struct stx_py_handle *self, PyObject *py_rule, PyObject *py_path) {
+    const uint64_t start_ns = stx_py_clock_ns();
+    if (py_rule == Py_None) return 0;
+    self->keep = PyMem_Calloc(self->source.header.tensors_count + 1, 1);
+    if (self->keep == NULL) return PyErr_NoMemory(), -1;
+    const int result = stx_py_filter_run(self->state, py_rule, py_path, &self->names, self->keep);
+    self->state->counters.filter_ns += stx_py_clock_ns() - start_ns;
+    return result;
+}
+
+/* Tell the origin which file this is, so that it can refuse another one later. */
+static int pass_identity(const struct stx_py_handle *self) {
+    const struct stx_file_identity *identity = &self->source.identity;
+    PyObject *py_identity = Py_BuildValue(
+        "(KKKL)", (unsigned long long)identity->device, (unsigned long long)identity->inode,
+        (unsigned long long)identity->size_bytes, (long long)identity->mtime_ns);
+    if (py_identity == NULL) return -1;
+    const int result = PyObject_SetAttrString(self->py_origin, "identity", py_identity);
+    Py_DECREF(py_identity);
+    return result;
+}
+
+/* A new handle that owns `source` from here on, also when this fails. */
+static struct stx_py_handle *new_handle(struct stx_py_state *state, struct stx_source *source,
+                                        PyObject *py_origin) {
+    struct stx_py_handle *self = PyObject_GC_New(struct stx_py_handle, state->handle_type);
+    if (self == NULL) {
+        stx_source_close(source);
+        return NULL;
+    }
+    self->state = state;
+    self->source = *source;
+    self->names = (struct stx_py_names){0};
+    self->keep = NULL;
+    self->sorted = NULL;
+    self->kept_count = 0;
+    self->skipped_count = 0;
+    self->kept_bytes = 0;
+    self->py_origin = Py_NewRef(py_origin);
+    self->busy = 0;
+    self->closed = false;
+    self->advise = false;
+    PyObject_GC_Track((PyObject *)self);
+    return self;
+}
+
+PyObject *stx_py_handle_open(PyObject *py_module, PyObject *py_arguments) {
+    struct stx_py_state *state = PyModule_GetState(py_module);
+    struct stx_source source;
+    struct stx_err err;
+    enum stx_status status;
+    PyObject *py_path, *py_rule, *py_origin;
+    Py_ssize_t path_bytes = 0;
+    if (!PyArg_ParseTuple(py_arguments, "UOO:open", &py_path, &py_rule, &py_origin)) return NULL;
+    if (stx_py_err_load(state) != 0 || stx_py_torch_load(state) != 0) return NULL;
+    const char *path = PyUnicode_AsUTF8AndSize(py_path, &path_bytes);
+    if (path == NULL || strlen(path) != (size_t)path_bytes) {
+        PyErr_Clear();
+        (void)stx_err_set(&err, STX_ERR_UNSUPPORTED, "the path is no UTF-8 or holds NUL");
+        return stx_py_raise_refused(state, &err);
+    }
+    const uint64_t start_ns = stx_py_clock_ns();
+    Py_BEGIN_ALLOW_THREADS;
+    status = stx_source_open(&source, path, &err);
+    Py_END_ALLOW_THREADS;
+    state->counters.header_ns += stx_py_clock_ns() - start_ns;
+    if (status != STX_OK) return stx_py_raise_refused(state, &err);
+    state->counters.requests += source.header_reads_count;
+    state->counters.bytes_read += source.header_read_bytes;
+    struct stx_py_handle *self = new_handle(state, &source, py_origin);
+    if (self == NULL) return NULL;
+    if (stx_py_names_init(&self->names, &self->source.header) != 0 || pass_identity(self) != 0 ||
+        apply_filter(self, py_rule, py_path) != 0) {
+        Py_DECREF(self);
+        return NULL;
+    }
+    state->counters.opens++;
+    count_kept(self);
+    decide_advice(self);
+    return (PyObject *)self;
+}

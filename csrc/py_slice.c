@@ -1,0 +1,151 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The slice type.
+ *
+ * DESIGN. Indexing makes the whole tensor over the mapping (no byte is read by that) and lets torch
+ * index it, so that every expression torch accepts works, with torch's errors, and the result is a
+ * view as stock's is. Two cases take another way: under a default device or another function mode
+ * the tensor passes torch.asarray first, as stock's does; what stx_py_tensor_is_native excludes,
+ * 4-bit tensors and dispatch modes go to a stock slice of the same file.
+ */
+#include "py_slice.h"
+
+#include <string.h>
+
+struct slice {
+    PyObject_HEAD struct stx_py_state *state; /* borrowed: the type keeps the module */
+    struct stx_py_place place;                /* this slice is a user of its mapping */
+    struct stx_tensor tensor;                 /* its shape is owned, its name is not used */
+    PyObject *py_name;
+    PyObject *py_origin;
+};
+
+PyObject *stx_py_shape_list(const struct stx_tensor *tensor) {
+    PyObject *py_shape = PyList_New((Py_ssize_t)tensor->rank);
+    if (py_shape == NULL) return NULL;
+    for (uint32_t i = 0; i < tensor->rank; i++) {
+        PyObject *py_extent = PyLong_FromUnsignedLongLong(tensor->shape[i]);
+        if (py_extent == NULL || PyList_SetItem(py_shape, (Py_ssize_t)i, py_extent) != 0) {
+            Py_DECREF(py_shape);
+            return NULL;
+        }
+    }
+    return py_shape;
+}
+
+PyObject *stx_py_slice_new(struct stx_py_state *state, const struct stx_py_place *place,
+                           const struct stx_tensor *tensor, PyObject *py_name,
+                           PyObject *py_origin) {
+    const size_t shape_bytes = tensor->rank * sizeof *tensor->shape;
+    uint64_t *shape = PyMem_Malloc(shape_bytes + 1);
+    if (shape == NULL) return PyErr_NoMemory();
+    if (shape_bytes != 0) memcpy(shape, tensor->shape, shape_bytes);
+    struct slice *self = PyObject_GC_New(struct slice, state->slice_type);
+    if (self == NULL) {
+        PyMem_Free(shape);
+        return NULL;
+    }
+    stx_mapping_retain(place->mapping);
+    self->state = state;
+    self->place = *place;
+    self->tensor = *tensor;
+    self->tensor.name = NULL;
+    self->tensor.shape = shape;
+    self->py_name = Py_NewRef(py_name);
+    self->py_origin = Py_NewRef(py_origin);
+    PyObject_GC_Track((PyObject *)self);
+    return (PyObject *)self;
+}
+
+static int slice_traverse(PyObject *py_self, visitproc visit, void *arg) {
+    struct slice *self = (struct slice *)py_self;
+    Py_VISIT(Py_TYPE(py_self));
+    Py_VISIT(self->py_origin);
+    return 0;
+}
+
+static int slice_clear(PyObject *py_self) {
+    (void)py_self; /* a cycle through the origin is broken at the handle */
+    return 0;
+}
+
+static void slice_dealloc(PyObject *py_self) {
+    struct slice *self = (struct slice *)py_self;
+    PyTypeObject *type = Py_TYPE(py_self);
+    PyObject_GC_UnTrack(py_self);
+    PyMem_Free((void *)(uintptr_t)self->tensor.shape);
+    stx_mapping_release(self->place.mapping);
+    Py_XDECREF(self->py_name);
+    Py_XDECREF(self->py_origin);
+    PyObject_GC_Del(py_self);
+    Py_DECREF(type);
+}
+
+static PyObject *slice_get_shape(PyObject *py_self, PyObject *py_unused) {
+    (void)py_unused;
+    return stx_py_shape_list(&((struct slice *)py_self)->tensor);
+}
+
+static PyObject *slice_get_dtype(PyObject *py_self, PyObject *py_unused) {
+    (void)py_unused;
+    return PyUnicode_FromString(stx_dtype_info(((struct slice *)py_self)->tensor.dtype)->name);
+}
+
+/* What stock's slice hands to torch's indexing: the tensor, moved by an active function mode. */
+static PyObject *make_indexed(const struct slice *self, int function_depth) {
+    PyObject *py_tensor = stx_py_tensor_make(self->state, &self->place, &self->tensor);
+    if (py_tensor == NULL || function_depth == 0) return py_tensor;
+    PyObject *py_moved = PyObject_CallMethod(self->state->torch.module, "asarray", "O", py_tensor);
+    Py_DECREF(py_tensor);
+    return py_moved;
+}
+
+static PyObject *slice_index(PyObject *py_self, PyObject *py_index) {
+    const struct slice *self = (struct slice *)py_self;
+    const int dispatch_depth = stx_py_torch_dispatch_depth(self->state);
+    const int function_depth = dispatch_depth < 0 ? -1 : stx_py_torch_function_depth(self->state);
+    if (function_depth < 0) return NULL;
+    if (dispatch_depth != 0 || self->tensor.dtype == STX_DTYPE_F4 ||
+        !stx_py_tensor_is_native(&self->tensor))
+        return PyObject_CallMethod(self->py_origin, "stock_slice", "OO", self->py_name, py_index);
+    PyObject *py_tensor = make_indexed(self, function_depth);
+    if (py_tensor == NULL) return NULL;
+    PyObject *py_result = PyObject_GetItem(py_tensor, py_index);
+    Py_DECREF(py_tensor);
+    return py_result;
+}
+
+/* For iter() and list(), which stock's slices allow. */
+static PyObject *slice_item(PyObject *py_self, Py_ssize_t index) {
+    PyObject *py_index = PyLong_FromSsize_t(index);
+    if (py_index == NULL) return NULL;
+    PyObject *py_result = slice_index(py_self, py_index);
+    Py_DECREF(py_index);
+    return py_result;
+}
+
+static PyMethodDef slice_methods[] = {
+    {"get_shape", slice_get_shape, METH_NOARGS,
+     PyDoc_STR("get_shape($self, /)\n--\n\nThe tensor's shape, as the header gives it: a list of "
+               "int.")},
+    {"get_dtype", slice_get_dtype, METH_NOARGS,
+     PyDoc_STR("get_dtype($self, /)\n--\n\nThe dtype as the header spells it, such as \"BF16\".")},
+    {NULL, NULL, 0, NULL}};
+
+static PyType_Slot slice_slots[] = {
+    {Py_tp_doc, (void *)(uintptr_t) "A lazy tensor of a safetensors file: index it to get data."},
+    {Py_tp_dealloc, slice_dealloc},
+    {Py_tp_traverse, slice_traverse},
+    {Py_tp_clear, slice_clear},
+    {Py_tp_methods, slice_methods},
+    {Py_mp_subscript, slice_index},
+    {Py_sq_item, slice_item},
+    {0, NULL}};
+
+/* The name is stock's, because Python's own error texts show it. */
+PyType_Spec stx_py_slice_spec = {.name = "builtins.PySafeSlice",
+                                 .basicsize = sizeof(struct slice),
+                                 .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC |
+                                          Py_TPFLAGS_DISALLOW_INSTANTIATION |
+                                          Py_TPFLAGS_IMMUTABLETYPE,
+                                 .slots = slice_slots};

@@ -1,0 +1,19 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The lazy slice that get_slice returns: a name, a shape, a place in a mapping. Reads nothing
+ * until it is indexed and outlives its handle. GIL held.
+ */
+#ifndef STX_PY_SLICE_H
+#define STX_PY_SLICE_H
+
+#include "header.h"
+#include "py_tensor.h"
+
+/* A new slice. It becomes a user of the place's mapping and holds `py_name` and `py_origin`. */
+PyObject *stx_py_slice_new(struct stx_py_state *state, const struct stx_py_place *place,
+                           const struct stx_tensor *tensor, PyObject *py_name, PyObject *py_origin);
+
+/* `tensor`'s shape as a new list of int. NULL with an exception. */
+PyObject *stx_py_shape_list(const struct stx_tensor *tensor);
+
+#endif

@@ -1,0 +1,336 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Makes torch tensors through DLPack.
+ *
+ * DESIGN. torch >= 2.10 publishes a table of C functions (the DLPack exchange API): one call turns
+ * a managed tensor into a torch.Tensor without touching the interpreter. Older torch takes the same
+ * thing in a capsule. Both end in a storage made over our pointer with our deleter: exactly the
+ * storage a user expects. Which DLPack dtypes the installed torch takes is asked once per dtype,
+ * with one element; what it refuses is made as uint8 and viewed (only 1-byte types are ever
+ * refused, so the shape is the same).
+ *
+ * The deleter runs once, in whatever thread drops the last reference, with or without the GIL,
+ * perhaps while the interpreter exits: it touches the mapping's counter and free(), nothing else.
+ */
+#include "py_tensor.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include <ATen/dlpack.h>
+
+#include "checked.h"
+
+/* torch keeps sizes in small vectors and has no limit of its own, but nothing has ever needed
+ * more; whoever does goes to stock. */
+#define RANK_MAX 64
+
+#if defined(DLPACK_MAJOR_VERSION) && \
+    (DLPACK_MAJOR_VERSION > 1 || (DLPACK_MAJOR_VERSION == 1 && DLPACK_MINOR_VERSION >= 3))
+#define HAVE_EXCHANGE_API 1
+#endif
+
+/* One tensor's claim on its mapping, freed by the deleter. The versioned and the legacy form share
+ * it; which one is in use follows from how it was handed over. */
+struct claim {
+    union {
+#if defined(HAVE_EXCHANGE_API)
+        DLManagedTensorVersioned versioned;
+#endif
+        DLManagedTensor legacy;
+    } managed;
+    struct stx_mapping *mapping;
+    int64_t extents[]; /* shape, then strides */
+};
+
+static void free_claim(struct claim *claim) {
+    stx_mapping_release(claim->mapping);
+    free(claim);
+}
+
+static void delete_legacy(DLManagedTensor *self) { free_claim(self->manager_ctx); }
+
+/* DLPack's codes; those newer than the oldest header we build with are given by number. */
+static DLDataType dlpack_dtype(enum stx_dtype dtype) {
+    const uint8_t bits = stx_dtype_info(dtype)->bits;
+    uint8_t code = kDLUInt;
+    uint16_t lanes = 1;
+    switch (dtype) {
+        case STX_DTYPE_I8:
+        case STX_DTYPE_I16:
+        case STX_DTYPE_I32:
+        case STX_DTYPE_I64:
+            code = kDLInt;
+            break;
+        case STX_DTYPE_F16:
+        case STX_DTYPE_F32:
+        case STX_DTYPE_F64:
+            code = kDLFloat;
+            break;
+        case STX_DTYPE_BF16:
+            code = kDLBfloat;
+            break;
+        case STX_DTYPE_C64:
+            code = kDLComplex;
+            break;
+        case STX_DTYPE_BOOL:
+            code = kDLBool;
+            break;
+        case STX_DTYPE_F8_E4M3:
+            code = 10; /* kDLFloat8_e4m3fn */
+            break;
+        case STX_DTYPE_F8_E4M3FNUZ:
+            code = 11; /* kDLFloat8_e4m3fnuz */
+            break;
+        case STX_DTYPE_F8_E5M2:
+            code = 12; /* kDLFloat8_e5m2 */
+            break;
+        case STX_DTYPE_F8_E5M2FNUZ:
+            code = 13; /* kDLFloat8_e5m2fnuz */
+            break;
+        case STX_DTYPE_F8_E8M0:
+            code = 14; /* kDLFloat8_e8m0fnu */
+            break;
+        case STX_DTYPE_F4:
+            code = 17; /* kDLFloat4_e2m1fn; torch's dtype holds two */
+            lanes = 2;
+            break;
+        default:
+            break; /* unsigned */
+    }
+    return (DLDataType){.code = code, .bits = bits, .lanes = lanes};
+}
+
+#if defined(HAVE_EXCHANGE_API)
+
+static void delete_versioned(DLManagedTensorVersioned *self) { free_claim(self->manager_ctx); }
+
+static PyObject *hand_over_versioned(const struct stx_py_state *state, struct claim *claim,
+                                     const DLTensor *view) {
+    const DLPackExchangeAPI *exchange = state->torch.exchange;
+    void *py_tensor = NULL;
+    claim->managed.versioned =
+        (DLManagedTensorVersioned){.version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION},
+                                   .manager_ctx = claim,
+                                   .deleter = delete_versioned,
+                                   .dl_tensor = *view};
+    /* The claim is moved: torch calls the deleter, also when it fails after taking it. */
+    if (exchange->managed_tensor_to_py_object_no_sync(&claim->managed.versioned, &py_tensor) != 0)
+        return NULL;
+    return py_tensor;
+}
+
+/* torch's table, if it is of a major version whose layout we know. */
+static const void *find_exchange(PyObject *py_torch) {
+    const DLPackExchangeAPI *exchange = NULL;
+    PyObject *py_type = PyObject_GetAttrString(py_torch, "Tensor");
+    PyObject *py_capsule =
+        py_type == NULL ? NULL : PyObject_GetAttrString(py_type, "__dlpack_c_exchange_api__");
+    if (py_capsule != NULL && PyCapsule_IsValid(py_capsule, "dlpack_exchange_api"))
+        exchange = PyCapsule_GetPointer(py_capsule, "dlpack_exchange_api");
+    PyErr_Clear(); /* older torch has no such attribute */
+    Py_XDECREF(py_capsule);
+    Py_XDECREF(py_type);
+    if (exchange == NULL || exchange->header.version.major != DLPACK_MAJOR_VERSION) return NULL;
+    return exchange;
+}
+
+#else
+
+static PyObject *hand_over_versioned(const struct stx_py_state *state, struct claim *claim,
+                                     const DLTensor *view) {
+    (void)state, (void)claim, (void)view;
+    return NULL; /* unreachable: the table is never found */
+}
+
+static const void *find_exchange(PyObject *py_torch) {
+    (void)py_torch;
+    return NULL;
+}
+
+#endif
+
+/* A capsule that torch did not consume still owns its claim. */
+static void destroy_capsule(PyObject *py_capsule) {
+    if (!PyCapsule_IsValid(py_capsule, "dltensor")) return;
+    DLManagedTensor *managed = PyCapsule_GetPointer(py_capsule, "dltensor");
+    managed->deleter(managed);
+}
+
+static PyObject *hand_over_legacy(const struct stx_py_state *state, struct claim *claim,
+                                  const DLTensor *view) {
+    claim->managed.legacy =
+        (DLManagedTensor){.dl_tensor = *view, .manager_ctx = claim, .deleter = delete_legacy};
+    PyObject *py_capsule = PyCapsule_New(&claim->managed.legacy, "dltensor", destroy_capsule);
+    if (py_capsule == NULL) {
+        free_claim(claim);
+        return NULL;
+    }
+    PyObject *py_tensor = PyObject_CallFunctionObjArgs(state->torch.from_dlpack, py_capsule, NULL);
+    Py_DECREF(py_capsule);
+    return py_tensor;
+}
+
+/* Fill shape and contiguous strides (an empty dimension counts as one in a stride, as torch does).
+ * `halved`: the last dimension holds two values per element. */
+static void fill_extents(int64_t *extents, const struct stx_tensor *tensor, bool halved) {
+    int64_t *const strides = extents + tensor->rank;
+    int64_t stride = 1;
+    for (uint32_t i = tensor->rank; i-- > 0;) {
+        extents[i] = (int64_t)tensor->shape[i];
+        if (halved && i + 1 == tensor->rank) extents[i] /= 2;
+        strides[i] = stride;
+        if (extents[i] > 1) stride *= extents[i];
+    }
+}
+
+static PyObject *make_with(const struct stx_py_state *state, struct stx_mapping *mapping,
+                           void *data, const struct stx_tensor *tensor, DLDataType dtype,
+                           bool halved) {
+    struct claim *claim =
+        malloc(sizeof *claim + 2 * (size_t)tensor->rank * sizeof claim->extents[0]);
+    if (claim == NULL) return PyErr_NoMemory();
+    claim->mapping = mapping;
+    if (mapping != NULL) stx_mapping_retain(mapping);
+    fill_extents(claim->extents, tensor, halved);
+    const DLTensor view = {.data = data,
+                           .device = {.device_type = kDLCPU, .device_id = 0},
+                           .ndim = (int32_t)tensor->rank,
+                           .dtype = dtype,
+                           .shape = claim->extents,
+                           .strides = claim->extents + tensor->rank,
+                           .byte_offset = 0};
+    if (state->torch.exchange != NULL) return hand_over_versioned(state, claim, &view);
+    return hand_over_legacy(state, claim, &view);
+}
+
+static PyObject *make_viewed(const struct stx_py_state *state, struct stx_mapping *mapping,
+                             void *data, const struct stx_tensor *tensor) {
+    PyObject *py_bytes = make_with(state, mapping, data, tensor, dlpack_dtype(STX_DTYPE_U8),
+                                   tensor->dtype == STX_DTYPE_F4);
+    if (py_bytes == NULL) return NULL;
+    PyObject *py_tensor =
+        PyObject_CallMethod(py_bytes, "view", "O", state->torch.dtypes[tensor->dtype]);
+    Py_DECREF(py_bytes);
+    return py_tensor;
+}
+
+/* Ask torch whether it takes this dtype, with one element of static memory. */
+static int probe_route(struct stx_py_state *state, enum stx_dtype dtype) {
+    static uint64_t element[2];
+    const uint64_t shape[1] = {dtype == STX_DTYPE_F4 ? 2 : 1};
+    const struct stx_tensor one = {.shape = shape, .rank = 1, .dtype = dtype};
+    PyObject **const py_dtype = &state->torch.dtypes[dtype];
+    *py_dtype = PyObject_GetAttrString(state->torch.module, stx_dtype_info(dtype)->torch_name);
+    if (*py_dtype == NULL) return -1; /* AttributeError, stock's own answer */
+    PyObject *py_probe =
+        make_with(state, NULL, element, &one, dlpack_dtype(dtype), dtype == STX_DTYPE_F4);
+    PyObject *py_got = py_probe == NULL ? NULL : PyObject_GetAttrString(py_probe, "dtype");
+    state->torch.routes[dtype] = py_got == *py_dtype ? STX_ROUTE_DIRECT : STX_ROUTE_VIEW;
+    PyErr_Clear();
+    Py_XDECREF(py_got);
+    Py_XDECREF(py_probe);
+    return 0;
+}
+
+bool stx_py_tensor_is_native(const struct stx_tensor *tensor) {
+    uint64_t extent = 1;
+    if (stx_dtype_info(tensor->dtype)->torch_name == NULL || tensor->rank > RANK_MAX) return false;
+    if (tensor->dtype == STX_DTYPE_F4 &&
+        (tensor->rank == 0 || tensor->shape[tensor->rank - 1] % 2 != 0))
+        return false;
+    for (uint32_t i = 0; i < tensor->rank; i++)
+        if (!stx_checked_mul(extent, stx_max_u64(tensor->shape[i], 1), &extent) ||
+            extent > INT64_MAX)
+            return false;
+    return true;
+}
+
+/* Have the system read exactly this tensor while the caller goes on. */
+static void advise_tensor(struct stx_py_state *state, const struct stx_py_place *place,
+                          const struct stx_tensor *tensor) {
+    const uint64_t begin_bytes = place->data_begin_bytes + tensor->begin;
+    const uint64_t end_bytes = place->data_begin_bytes + tensor->end;
+    stx_mapping_will_need(place->mapping, begin_bytes, end_bytes);
+    state->counters.requests++;
+    state->counters.bytes_read += end_bytes - begin_bytes;
+}
+
+PyObject *stx_py_tensor_make(struct stx_py_state *state, const struct stx_py_place *place,
+                             const struct stx_tensor *tensor) {
+    const uint64_t size_bytes = tensor->end - tensor->begin;
+    const enum stx_dtype dtype = tensor->dtype;
+    /* An empty tensor has no address: a neighbour's would look like shared memory. */
+    struct stx_mapping *const memory = size_bytes == 0 ? NULL : place->mapping;
+    char *const data =
+        memory == NULL ? NULL : stx_mapping_bytes(memory) + place->data_begin_bytes + tensor->begin;
+    if (state->torch.routes[dtype] == STX_ROUTE_UNKNOWN && probe_route(state, dtype) != 0)
+        return NULL;
+    if (place->advise && memory != NULL) advise_tensor(state, place, tensor);
+    PyObject *py_tensor =
+        state->torch.routes[dtype] == STX_ROUTE_DIRECT
+            ? make_with(state, memory, data, tensor, dlpack_dtype(dtype), dtype == STX_DTYPE_F4)
+            : make_viewed(state, memory, data, tensor);
+    if (py_tensor == NULL) return NULL;
+    state->counters.tensors_native++;
+    state->counters.bytes_wanted += size_bytes;
+    return py_tensor;
+}
+
+/* --- what is looked up in torch --- */
+
+static PyObject *find_optional(PyObject *py_module, const char *name) {
+    PyObject *py_found = PyObject_GetAttrString(py_module, name);
+    if (py_found == NULL) PyErr_Clear();
+    return py_found;
+}
+
+int stx_py_torch_load(struct stx_py_state *state) {
+    struct stx_py_torch *torch = &state->torch;
+    if (torch->module != NULL) return 0;
+    PyObject *py_torch = PyImport_ImportModule("torch");
+    PyObject *py_core = py_torch == NULL ? NULL : PyObject_GetAttrString(py_torch, "_C");
+    PyObject *py_from = py_core == NULL ? NULL : PyObject_GetAttrString(py_core, "_from_dlpack");
+    if (py_from == NULL) {
+        Py_XDECREF(py_core);
+        Py_XDECREF(py_torch);
+        return -1;
+    }
+    if (torch->module != NULL) { /* another thread came first while torch was imported */
+        Py_DECREF(py_from);
+        Py_DECREF(py_torch);
+    } else {
+        torch->exchange = find_exchange(py_torch);
+        torch->dispatch_stack_depth = find_optional(py_core, "_len_torch_dispatch_stack");
+        torch->function_stack_depth = find_optional(py_core, "_len_torch_function_stack");
+        torch->from_dlpack = py_from;
+        torch->module = py_torch;
+    }
+    Py_DECREF(py_core);
+    return 0;
+}
+
+void stx_py_torch_clear(struct stx_py_state *state) {
+    Py_CLEAR(state->torch.from_dlpack);
+    Py_CLEAR(state->torch.dispatch_stack_depth);
+    Py_CLEAR(state->torch.function_stack_depth);
+    for (int dtype = 0; dtype < STX_DTYPE_COUNT; dtype++) Py_CLEAR(state->torch.dtypes[dtype]);
+    Py_CLEAR(state->torch.module);
+}
+
+static int read_depth(PyObject *py_function) {
+    if (py_function == NULL) return 0;
+    PyObject *py_depth = PyObject_CallNoArgs(py_function);
+    if (py_depth == NULL) return -1;
+    const long depth = PyLong_AsLong(py_depth);
+    Py_DECREF(py_depth);
+    return (int)depth;
+}
+
+int stx_py_torch_dispatch_depth(const struct stx_py_state *state) {
+    return read_depth(state->torch.dispatch_stack_depth);
+}
+
+int stx_py_torch_function_depth(const struct stx_py_state *state) {
+    return read_depth(state->torch.function_stack_depth);
+}

@@ -1,0 +1,44 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * torch tensors over mapped bytes. The only file besides its .c that knows DLPack and torch.
+ *
+ * A tensor made here has a storage of its own of exactly its bytes, at offset 0, contiguous and
+ * writable, and is one user of the mapping until torch drops that storage. GIL held throughout.
+ */
+#ifndef STX_PY_TENSOR_H
+#define STX_PY_TENSOR_H
+
+#include <stdbool.h>
+
+#include "header.h"
+#include "mapping.h"
+#include "py_state.h"
+
+/* Import torch and look up what is needed, once. 0, or -1 with an exception. */
+int stx_py_torch_load(struct stx_py_state *state);
+
+/* Drop what stx_py_torch_load took; for the module's clear. */
+void stx_py_torch_clear(struct stx_py_state *state);
+
+/* Whether a tensor like this is made here at all. Not: 6-bit types and odd 4-bit rows (stock's
+ * error is due), more dimensions than torch's own limit, extents beyond int64. Pure. */
+bool stx_py_tensor_is_native(const struct stx_tensor *tensor);
+
+/* Depth of torch's stack of dispatch modes (FakeTensorMode and kin), or of function modes (default
+ * devices); 0 where torch does not tell. -1 with an exception. */
+int stx_py_torch_dispatch_depth(const struct stx_py_state *state);
+int stx_py_torch_function_depth(const struct stx_py_state *state);
+
+/* Where tensors of one file lie. Borrowed by whoever makes a tensor, for that call. */
+struct stx_py_place {
+    struct stx_mapping *mapping;
+    uint64_t data_begin_bytes;
+    bool advise; /* cold and sparse: ask for a tensor's pages when it is handed out */
+};
+
+/* A new tensor over the bytes of `tensor` in `place`. Requires stx_py_tensor_is_native. NULL with
+ * an exception. */
+PyObject *stx_py_tensor_make(struct stx_py_state *state, const struct stx_py_place *place,
+                             const struct stx_tensor *tensor);
+
+#endif

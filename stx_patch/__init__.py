@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes every PyTorch program that reads safetensors start faster and read only what it needs.
+
+    import stx_patch
+
+    stx_patch.patch()                     # process-wide, undone by stx_patch.unpatch()
+
+    with stx_patch.patched(tensor_filter=lambda name: name.startswith("model.layers.0.")):
+        model = AutoModelForCausalLM.from_pretrained(path)
+
+Importing this package does nothing else: torch and safetensors are imported when they are needed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import filters
+from ._errors import StxFilterWarning, StxWarning
+from ._filter import TensorKey
+from ._patch import is_patched, patch, patched, unpatch
+from ._stats import Stats, reset_stats, stats
+
+if TYPE_CHECKING:
+    from ._load import load_file as load_file
+    from ._safe_open import SafeOpen as safe_open
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Stats",
+    "StxFilterWarning",
+    "StxWarning",
+    "TensorKey",
+    "filters",
+    "is_patched",
+    "load_file",
+    "patch",
+    "patched",
+    "reset_stats",
+    "safe_open",
+    "stats",
+    "unpatch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Make `safe_open` and `load_file` when they are first asked for: they need safetensors."""
+    if name == "safe_open":
+        from ._safe_open import public_safe_open
+
+        value: Any = public_safe_open()
+    elif name == "load_file":
+        from ._load import load_file as value
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value

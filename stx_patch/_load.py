@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`load_file` and `load`: what takes the place of safetensors.torch's functions, and our own.
+
+The stand-ins are plain functions that name themselves as stock's, so that they pickle by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from . import _filter, _patch, _stats, _stock
+from ._safe_open import Request, check_result, is_stock_call, open_native
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def load_file(
+    filename: str | os.PathLike[str],
+    device: str | int = "cpu",
+    *,
+    backend: str = "mmap",
+    tensor_filter: _filter.TensorFilter = None,
+    include_keys: Iterable[str] | None = None,
+    strict_filter: bool = False,
+) -> dict[str, Tensor]:
+    """Load the tensors of a safetensors file that a filter keeps.
+
+    Args:
+        filename: path of the file.
+        device: "cpu", or what safetensors takes.
+        backend: "mmap" or "pread", as safetensors has them.
+        tensor_filter: which tensors exist for this call (docs/FILTERS.md); also the filter of
+            `patch()`, if one is in force, has to keep them.
+        include_keys: exact names, instead of `tensor_filter`.
+        strict_filter: an error where a name or pattern matches nothing, or nothing is kept.
+
+    Returns:
+        A dict in file order. Each tensor owns its storage and stays valid by itself.
+
+    Raises:
+        FileNotFoundError, OSError, SafetensorError: as safetensors raises them; SafetensorError
+            also for a `strict_filter` that is not met.
+        TypeError, ValueError: a filter that is none, or contradictory keywords.
+    """
+    keywords = {
+        "device": device,
+        "backend": backend,
+        "tensor_filter": tensor_filter,
+        "include_keys": include_keys,
+        "strict_filter": strict_filter,
+    }
+    return _load_file(True, (filename,), keywords)
+
+
+def _bind_file(
+    filename: Any, device: Any = "cpu", *, backend: Any = "mmap"
+) -> tuple[Any, Any, Any]:
+    return filename, device, backend
+
+
+def _load_file(
+    public: bool, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> dict[str, Any]:
+    """The body of both `load_file`s."""
+    if is_stock_call(public):
+        return _load_file_stock(arguments, keywords)
+    _stock.take()
+    request = Request(public, arguments, keywords)
+    try:
+        filename, device, backend = _bind_file(*arguments, **keywords)
+    except TypeError:  # stock says what is wrong
+        _stats.count_fallback("arguments")
+        return _load_file_stock(arguments, keywords)
+    handle = open_native(request, filename, "pt", device, backend)
+    if handle is not None:
+        with handle:
+            check_result(request, handle, filename)
+            tensors: dict[str, Any] = handle.get_tensors()
+            return tensors
+    if request.rule is None:
+        tensors = _load_file_stock(arguments, keywords)
+        _stats.count_stock_tensors(len(tensors))
+        return tensors
+    return _load_filtered_stock(request, filename, keywords)
+
+
+def _load_file_stock(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
+    _stock.take_torch()
+    with _stock.bypass():
+        tensors: dict[str, Any] = _stock.load_file(*arguments, **_known(keywords))
+        return tensors
+
+
+def _known(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Without a default `backend` that a safetensors before 0.8 would not know."""
+    if keywords.get("backend") == "mmap" and "backend" not in _stock.parameters:
+        return {name: value for name, value in keywords.items() if name != "backend"}
+    return keywords
+
+
+def _load_filtered_stock(
+    request: Request, filename: Any, keywords: dict[str, Any]
+) -> dict[str, Any]:
+    from ._origin import narrow
+
+    device = request.arguments[1] if len(request.arguments) > 1 else keywords.get("device", "cpu")
+    others = {name: value for name, value in keywords.items() if name == "backend"}
+    path = os.fspath(filename) if isinstance(filename, (str, os.PathLike)) else None
+    with _stock.bypass():
+        opened = _stock.safe_open(filename, framework="pt", device=device, **_known(others))
+    with narrow(opened, request.rule, path) as handle:
+        check_result(request, handle, filename)
+        tensors: dict[str, Any] = handle.get_tensors()
+        return tensors
+
+
+def _load_bytes(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
+    """The body of the stand-in of `safetensors.torch.load`: stock's values, our filter."""
+    _stock.take_torch()
+    entry = None if _stock.is_bypassed() else _patch.current()
+    tensors: dict[str, Any] = _stock.load(*arguments, **keywords)
+    if entry is None:
+        return tensors
+    _stats.count_fallback("load(bytes)")
+    if entry.rule is not None:
+        kept = _keep_items(entry.rule, arguments[0] if arguments else keywords["data"])
+        tensors = {name: tensor for name, tensor in tensors.items() if name in kept}
+    _stats.count_stock_tensors(len(tensors))
+    return tensors
+
+
+def _keep_items(rule: _filter.Rule, data: bytes) -> frozenset[str]:
+    """The names that `rule` keeps of a whole file in memory, asked in file order.
+
+    `data` has just passed stock's own checks.
+    """
+    import json
+
+    header_bytes = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + header_bytes])
+    header.pop("__metadata__", None)
+    kept = []
+    for name, entry in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
+        begin, end = entry["data_offsets"]
+        key = _filter.TensorKey(name, entry["dtype"], tuple(entry["shape"]), end - begin, None)
+        if _filter.matches(rule, key):
+            kept.append(name)
+    return frozenset(kept)
+
+
+def _disguise(stand_in: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Give `stand_in` the name, signature, docstring and annotations of `stock`."""
+    functools.update_wrapper(stand_in, stock)
+    del stand_in.__wrapped__  # type: ignore[attr-defined]
+    stand_in.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]
+    return stand_in
+
+
+@functools.cache
+def load_file_stand_in() -> Callable[..., Any]:
+    """What `patch()` installs as `safetensors.torch.load_file`. One object for the process."""
+    _stock.take_torch()
+
+    def load_file(*arguments: Any, **keywords: Any) -> dict[str, Any]:
+        return _load_file(False, arguments, keywords)
+
+    return _disguise(load_file, _stock.load_file)
+
+
+@functools.cache
+def load_stand_in() -> Callable[..., Any]:
+    """What `patch()` installs as `safetensors.torch.load`. One object for the process."""
+    _stock.take_torch()
+
+    def load(*arguments: Any, **keywords: Any) -> dict[str, Any]:
+        return _load_bytes(arguments, keywords)
+
+    return _disguise(load, _stock.load)

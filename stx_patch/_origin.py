@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a handle reaches stock: the handle that stock opens for the same call, held to a filter.
+
+`Origin` belongs to a native handle and opens stock only when something is asked that the core does
+not serve. `FilteredHandle` stands before a stock handle wherever a filter is in force.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from . import _filter, _stats, _stock
+
+_BITS = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
+    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+
+
+class Origin:
+    """The call that opened a native handle, and the way back to stock.
+
+    Attributes:
+        identity: (device, inode, size_bytes, mtime_ns) of the file, set by the core.
+    """
+
+    __slots__ = ("_arguments", "_keywords", "_path", "_stock_handle", "identity")
+
+    def __init__(self, path: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self._path = path
+        self._arguments = arguments
+        self._keywords = keywords
+        self._stock_handle: Any = None
+        self.identity: tuple[int, int, int, int] | None = None
+
+    def stock_tensor(self, name: str) -> Any:
+        """The tensor as stock makes it, or stock's error. Called by the core."""
+        _stats.count_fallback("tensor")
+        tensor = self._stock().get_tensor(name)
+        _stats.count_stock_tensors(1)
+        return tensor
+
+    def stock_slice(self, name: str, index: Any) -> Any:
+        """`get_slice(name)[index]` as stock makes it, or stock's error. Called by the core."""
+        _stats.count_fallback("slice")
+        tensor = self._stock().get_slice(name)[index]
+        _stats.count_stock_tensors(1)
+        return tensor
+
+    def stock_attribute(self, handle: Any, attribute: str) -> Any:
+        """An attribute that stock's handle has and ours lacks, else NotImplemented."""
+        if not hasattr(_stock.safe_open, attribute):
+            return NotImplemented
+        _stats.count_fallback(f"method {attribute}")
+        kept = handle.offset_keys()
+        skipped = handle._skipped_count
+        stock_handle = self._stock()
+        if skipped == 0:
+            return getattr(stock_handle, attribute)
+        return getattr(FilteredHandle(stock_handle, kept), attribute)
+
+    def _stock(self) -> Any:
+        """The stock handle of the file that was opened; SafetensorError if it is another now."""
+        if self._stock_handle is None:
+            before = self._current_identity()
+            with _stock.bypass():
+                opened = _stock.safe_open(*self._arguments, **self._keywords)
+            if not (before == self.identity == self._current_identity()):
+                raise _stock.SafetensorError(f"{self._path} has changed since it was opened")
+            self._stock_handle = opened
+        return self._stock_handle
+
+    def _current_identity(self) -> tuple[int, int, int, int] | None:
+        try:
+            status = os.stat(self._path)
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class FilteredHandle:
+    """A stock handle that shows only the kept names. Every method is stock's otherwise."""
+
+    __slots__ = ("_handle", "_kept", "_kept_set", "_left_out")
+
+    def __init__(self, handle: Any, kept: list[str]) -> None:
+        self._handle = handle
+        self._kept = kept  # in file order
+        self._kept_set = frozenset(kept)
+        self._left_out = frozenset(handle.keys()) - self._kept_set
+
+    @property
+    def _skipped_count(self) -> int:
+        return len(self._left_out)
+
+    def keys(self) -> list[str]:
+        return [name for name in self._handle.keys() if name in self._kept_set]  # noqa: SIM118
+
+    def offset_keys(self) -> list[str]:
+        self._handle.keys()
+        return list(self._kept)
+
+    def metadata(self) -> dict[str, str] | None:
+        metadata: dict[str, str] | None = self._handle.metadata()
+        return metadata
+
+    def get_tensor(self, name: str) -> Any:
+        self._check(name)
+        tensor = self._handle.get_tensor(name)
+        _stats.count_stock_tensors(1)
+        return tensor
+
+    def get_tensors(self) -> dict[str, Any]:
+        return {name: self.get_tensor(name) for name in self.offset_keys()}
+
+    def get_slice(self, name: str) -> Any:
+        self._check(name)
+        return self._handle.get_slice(name)
+
+    def get_dtype(self, name: str) -> str:
+        dtype: str = self.get_slice(name).get_dtype()
+        return dtype
+
+    def get_shape(self, name: str) -> list[int]:
+        shape: list[int] = self.get_slice(name).get_shape()
+        return shape
+
+    def nbytes(self, name: str) -> int:
+        return count_bytes(self.get_dtype(name), self.get_shape(name))
+
+    @property
+    def total_tensor_size(self) -> int:
+        return sum(self.nbytes(name) for name in self._kept)
+
+    def __enter__(self) -> FilteredHandle:
+        self._handle.__enter__()
+        return self
+
+    def __exit__(self, *exc_info: Any) -> Any:
+        return self._handle.__exit__(*exc_info)
+
+    def __getattr__(self, attribute: str) -> Any:
+        """What a newer stock's handle has, held to the kept names."""
+        found = getattr(self._handle, attribute)
+        if attribute == "prefetch":
+            return self._narrow_prefetch(found)
+        if attribute == "get_tensor_meta":
+            return self._narrow_meta(found)
+        return found
+
+    def __reduce__(self) -> Any:
+        return self._handle.__reduce_ex__(2)  # TypeError, as stock's
+
+    def _narrow_prefetch(self, prefetch: Callable[..., Any]) -> Callable[..., Any]:
+        def narrowed(plan: Any = None, **keywords: Any) -> Any:
+            if plan is None:
+                plan = dict.fromkeys(self._kept)
+            for name in plan:
+                self._check(name)
+            return prefetch(plan, **keywords)
+
+        return narrowed
+
+    def _narrow_meta(self, get_tensor_meta: Callable[[str], Any]) -> Callable[[str], Any]:
+        def narrowed(name: str) -> Any:
+            self._check(name)
+            return get_tensor_meta(name)
+
+        return narrowed
+
+    def _check(self, name: object) -> None:
+        if name in self._left_out:
+            raise _stock.SafetensorError(
+                f"File does not contain tensor {name} (left out by tensor_filter)"
+            )
+
+
+def narrow(handle: Any, rule: _filter.Rule | None, filename: str | None) -> Any:
+    """`handle` of stock, behind `rule`, which is asked about each name once, in file order."""
+    if rule is None:
+        return handle
+    return FilteredHandle(handle, keep_names(handle, rule, filename))
+
+
+def keep_names(handle: Any, rule: _filter.Rule, filename: str | None) -> list[str]:
+    """The names of a stock handle that `rule` keeps, in file order."""
+    in_file_order = getattr(handle, "offset_keys", handle.keys)()  # none before safetensors 0.6
+    kept = []
+    for name in in_file_order:
+        entry = handle.get_slice(name)
+        dtype, shape = entry.get_dtype(), entry.get_shape()
+        size_bytes = count_bytes(dtype, shape)
+        if _filter.matches(
+            rule, _filter.TensorKey(name, dtype, tuple(shape), size_bytes, filename)
+        ):
+            kept.append(name)
+    return kept
+
+
+def count_bytes(dtype: str, shape: list[int]) -> int:
+    """The size of a tensor in the file, in bytes; 0 for a dtype that is not known here."""
+    bits = _BITS.get(dtype, 0)
+    for extent in shape:
+        bits *= extent
+    return bits // 8

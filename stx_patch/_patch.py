@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts our functions in the place of stock's in a running process, and takes them out again.
+
+What is in force is a list of entries, one of `patch()` and one of each `patched()` block; the
+youngest counts, whole. The first entry installs, the last one's removal restores.
+
+Installing binds the *homes* (the table below) and sweeps the namespaces of all imported modules for
+names that are bound to an original, by identity. Every change goes on one undo stack; undoing walks
+back and restores only what is still ours. A home that is not imported yet is bound when it is: a
+hook waits for it, nothing is imported for its sake.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from . import _filter, _native, _stats, _stock
+from ._errors import StxWarning
+
+
+class Entry:
+    """One active patch: what `patch()` or a block asked for."""
+
+    __slots__ = ("rule",)
+
+    def __init__(self, rule: _filter.Rule | None) -> None:
+        self.rule = rule
+
+
+_lock = threading.RLock()
+_entries: tuple[Entry, ...] = ()  # replaced, never changed: readers take no lock
+_process_entry: Entry | None = None
+_undo: list[tuple[dict[str, Any], str, Any, Any]] = []
+_warned = False
+
+
+def current() -> Entry | None:
+    """The entry in force, or None. Any thread."""
+    entries = _entries
+    return entries[-1] if entries else None
+
+
+def patch(tensor_filter: _filter.TensorFilter = None) -> None:
+    """Serve safetensors in this process natively, wherever its functions are bound.
+
+    For applications: a library should call `stx_patch.safe_open` and `load_file` itself. Calling it
+    again replaces the filter. Does nothing while the environment says STX_PATCH=0.
+
+    Args:
+        tensor_filter: which tensors exist for every file opened from now on: a callable asked about
+            each TensorKey, a glob or a list of globs, a set of names, or a `filters` object. None
+            keeps everything. A name left out does not exist for the caller.
+
+    Raises:
+        TypeError: `tensor_filter` is none of these.
+    """
+    global _entries, _process_entry
+    entry = Entry(_filter.make_rule(tensor_filter))
+    if _is_disabled():
+        return
+    _warn_once_without_extension()
+    with _lock:
+        if _process_entry in _entries:
+            _entries = tuple(entry if old is _process_entry else old for old in _entries)
+        else:
+            _entries = (*_entries, entry)
+        _process_entry = entry
+        _install()
+
+
+def unpatch() -> None:
+    """Undo `patch()`. Running `patched()` blocks stay in force. Harmless without a patch."""
+    global _process_entry
+    with _lock:
+        if _process_entry is not None:
+            _remove(_process_entry)
+            _process_entry = None
+
+
+@contextmanager
+def patched(tensor_filter: _filter.TensorFilter = None) -> Iterator[_stats.Report]:
+    """`patch()` for a block; yields the block's live `Stats`.
+
+    The patch holds for the process, all threads included, until the block ends. What is in force
+    when a file is opened holds for that handle.
+    """
+    global _entries
+    entry = Entry(_filter.make_rule(tensor_filter))
+    report = _stats.Report()
+    if _is_disabled():
+        yield report
+        return
+    _warn_once_without_extension()
+    with _lock:
+        _entries = (*_entries, entry)
+        _install()
+    try:
+        yield report
+    finally:
+        report._finish()
+        with _lock:
+            _remove(entry)
+
+
+def is_patched() -> bool:
+    """Whether any patch is in force."""
+    return current() is not None
+
+
+def _is_disabled() -> bool:
+    return os.environ.get("STX_PATCH") == "0"
+
+
+def _warn_once_without_extension() -> None:
+    global _warned
+    if _native.core is None and not _warned:
+        _warned = True
+        warnings.warn(
+            "stx_patch has no native core here, everything goes to safetensors itself "
+            f"({_native.import_error})",
+            StxWarning,
+            stacklevel=4,
+        )
+
+
+def _remove(entry: Entry) -> None:
+    global _entries
+    _entries = tuple(other for other in _entries if other is not entry)
+    if not _entries:
+        _restore()
+
+
+# --- installing and restoring ---
+
+
+def _replacements() -> dict[str, list[tuple[str, Any, Any]]]:
+    """The homes that are imported: module -> (name, original, ours)."""
+    from . import _load, _safe_open
+
+    homes: dict[str, list[tuple[str, Any, Any]]] = {}
+    if _is_imported("safetensors", "safe_open"):
+        _stock.take()
+        homes["safetensors"] = [("safe_open", _stock.safe_open, _safe_open.stand_in())]
+        if _stock.PySafeSlice is not None:
+            homes["safetensors"].append(
+                ("PySafeSlice", _stock.PySafeSlice, _safe_open.slice_stand_in())
+            )
+    if _is_imported("safetensors.torch", "load_file"):
+        _stock.take_torch()
+        homes["safetensors.torch"] = [
+            ("load_file", _stock.load_file, _load.load_file_stand_in()),
+            ("load", _stock.load, _load.load_stand_in()),
+        ]
+    return homes
+
+
+def _is_imported(module: str, name: str) -> bool:
+    """Whether a module has been executed at least as far as the definition of `name`."""
+    return name in getattr(sys.modules.get(module), "__dict__", {})
+
+
+def _install() -> None:
+    """Bind what is imported, everywhere; leave the hook for what is not."""
+    homes = _replacements()
+    ours = {id(old): (old, new) for names in homes.values() for _, old, new in names}
+    if ours:
+        _sweep(ours)
+    if len(homes) < 2 and _hook not in sys.meta_path:
+        sys.meta_path.insert(0, _hook)
+
+
+def _sweep(ours: dict[int, tuple[Any, Any]]) -> None:
+    """Replace every module-level name that is bound to an original.
+
+    Only `__dict__` is read, past any `__getattr__` or `__getattribute__` of lazy modules: looking
+    at a module must not make it import anything.
+    """
+    for module_name, module in list(sys.modules.items()):
+        if _is_skipped(module_name):
+            continue
+        try:
+            namespace = object.__getattribute__(module, "__dict__")
+        except AttributeError:
+            continue
+        if not isinstance(namespace, dict):
+            continue
+        for name, value in list(namespace.items()):
+            found = ours.get(id(value))
+            if found is not None and found[0] is value:
+                _undo.append((namespace, name, *found))
+                namespace[name] = found[1]
+
+
+def _is_skipped(module_name: str) -> bool:
+    """Our own modules, and the extension module that keeps stock reachable."""
+    package = module_name.partition(".")[0]
+    return package == "stx_patch" or module_name == "safetensors._safetensors_rust"
+
+
+def _restore() -> None:
+    """Walk the undo stack back; a name that somebody bound anew since is theirs."""
+    while _undo:
+        namespace, name, old, new = _undo.pop()
+        if namespace.get(name) is new:
+            namespace[name] = old
+    if _hook in sys.meta_path:
+        sys.meta_path.remove(_hook)
+
+
+# --- homes that are imported later ---
+
+
+class _ImportHook(importlib.abc.MetaPathFinder):
+    """Lets the other finders find a home, and binds it right after it was executed."""
+
+    _homes = frozenset(("safetensors", "safetensors.torch"))
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in self._homes:
+            return None
+        for finder in list(sys.meta_path):
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _NotifyingLoader(spec.loader, _after_import)
+                return spec
+        return None
+
+
+class _NotifyingLoader(importlib.abc.Loader):
+    """The loader of one module, followed by a call."""
+
+    def __init__(self, loader: Any, notify: Callable[[], None]) -> None:
+        self._loader = loader
+        self._notify = notify
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        module: ModuleType | None = self._loader.create_module(spec)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader  # the module sees its real loader
+        module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        self._notify()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+def _after_import() -> None:
+    with _lock:
+        if _entries:
+            _install()
+
+
+_hook = _ImportHook()

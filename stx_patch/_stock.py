@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The originals: what safetensors itself provides, taken before anything is replaced.
+
+Values are None until `take` or `take_torch` ran. Callers read them as attributes of this module at
+call time. Nothing here imports safetensors before it is needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+safe_open: Any = None
+SafetensorError: Any = None
+PySafeSlice: Any = None  # exported by safetensors >= 0.9 only
+parameters: frozenset[str] = frozenset()  # of safe_open
+load_file: Any = None
+load: Any = None
+
+_bypass = threading.local()
+
+
+def take() -> None:
+    """Take the originals of `safetensors`, importing it. ImportError where it is missing."""
+    global safe_open, SafetensorError, PySafeSlice, parameters
+    if safe_open is not None:
+        return
+    import inspect
+
+    import safetensors
+
+    parameters = frozenset(inspect.signature(safetensors.safe_open).parameters)
+    SafetensorError = safetensors.SafetensorError
+    PySafeSlice = getattr(safetensors, "PySafeSlice", None)
+    safe_open = safetensors.safe_open
+
+
+def take_torch() -> None:
+    """Take the originals of `safetensors.torch`, importing it and torch."""
+    global load_file, load
+    take()
+    if load_file is not None:
+        return
+    # Not by attribute: while it is being imported, the package does not have it yet.
+    module = importlib.import_module("safetensors.torch")
+    load = module.load
+    load_file = module.load_file
+
+
+@contextmanager
+def bypass() -> Iterator[None]:
+    """In this thread, calls of the stand-ins go to stock: stock's own functions look them up."""
+    previous = is_bypassed()
+    _bypass.active = True
+    try:
+        yield
+    finally:
+        _bypass.active = previous
+
+
+def is_bypassed() -> bool:
+    """Whether this thread is inside `bypass`."""
+    return getattr(_bypass, "active", False)

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Filters as plain objects: they compare, pickle, print themselves and have a digest.
+
+    filters.prefixes("model.embed_tokens", "lm_head")
+    filters.any_of(filters.layers(0, 2), "model.norm.*")
+
+A combination takes whatever `tensor_filter=` takes. Called with a name, a filter answers itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = [
+    "Filter",
+    "all_of",
+    "any_of",
+    "glob",
+    "layers",
+    "names",
+    "none_of",
+    "prefixes",
+    "regex",
+]
+
+_LAYER_WORDS = frozenset(("layers", "layer", "blocks", "block", "h"))
+
+
+class Filter:
+    """The base of all filters. Immutable; equal when class and operands are equal."""
+
+    __slots__ = ("_operands",)
+
+    def __init__(self, *operands: Any) -> None:
+        self._operands = operands
+
+    def rule(self) -> tuple[Any, ...]:
+        """The normalised form (see stx_patch._filter)."""
+        raise NotImplementedError
+
+    def digest(self) -> str:
+        """SHA-256 of what this filter means, in hex: equal on every machine for equal filters.
+
+        Raises TypeError when a callable is part of it: code has no digest.
+        """
+        for operand in self._operands:
+            if isinstance(operand, Filter):
+                operand.digest()
+            elif callable(operand):
+                raise TypeError("a filter with a callable in it has no digest")
+        return hashlib.sha256(repr(self).encode()).hexdigest()
+
+    def __call__(self, name: str) -> bool:
+        from ._filter import TensorKey, matches
+
+        key = name if isinstance(name, TensorKey) else TensorKey(name, "", (), 0, None)
+        return matches(self.rule(), key)
+
+    def __repr__(self) -> str:
+        return f"filters.{type(self).__name__}({', '.join(map(_stable_repr, self._operands))})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self._operands == other._operands
+
+    def __hash__(self) -> int:
+        return hash((type(self), repr(self)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._operands
+
+
+class prefixes(Filter):
+    """Names that are, or lie below, one of the given modules.
+
+    `prefixes("model.layers.1")` means `model.layers.1.` and never layer 10.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, *prefixes: str) -> None:
+        if "" in prefixes:
+            raise ValueError("an empty prefix would keep everything")
+        super().__init__(*_all_str(prefixes))
+
+    def rule(self) -> tuple[Any, ...]:
+        return ("prefixes", self._operands)
+
+
+class names(Filter):
+    """Exactly these names."""
+
+    __slots__ = ()
+
+    def __init__(self, names: Iterable[str]) -> None:
+        if isinstance(names, (str, bytes)):
+            raise TypeError("names() takes a collection of names")
+        super().__init__(frozenset(_all_str(names)))
+
+    def rule(self) -> tuple[Any, ...]:
+        return ("names", self._operands[0])
+
+
+class glob(Filter):
+    """Names that match one of the patterns as a whole (`*`, `?`, `[set]`, `[!set]`)."""
+
+    __slots__ = ()
+
+    def __init__(self, *patterns: str) -> None:
+        super().__init__(*_all_str(patterns))
+
+    def rule(self) -> tuple[Any, ...]:
+        return ("glob", self._operands)
+
+
+class regex(Filter):
+    """Names in which the regular expression is found (`re.search`; anchor it with ^ and $)."""
+
+    __slots__ = ()
+
+    def __init__(self, pattern: str) -> None:
+        re.compile(pattern)
+        super().__init__(*_all_str((pattern,)))
+
+    def rule(self) -> tuple[Any, ...]:
+        return ("call", re.compile(self._operands[0]).search)
+
+
+class layers(Filter):
+    """Names of the layers from `start` up to, not including, `stop`.
+
+    A layer is a component layers, layer, blocks, block or h followed by an integer. What belongs to
+    no layer (embeddings, heads) is left out: combine with `prefixes`.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, start: int, stop: int) -> None:
+        for bound in (start, stop):
+            if isinstance(bound, bool) or not isinstance(bound, int):
+                raise TypeError("layers() takes two integers")
+        if not 0 <= start <= stop < 2**64:
+            raise ValueError(f"layers({start}, {stop}) is no range of layers")
+        super().__init__(start, stop)
+
+    def rule(self) -> tuple[Any, ...]:
+        return ("layers", *self._operands)
+
+
+class _Combination(Filter):
+    __slots__ = ()
+    _operation = ""
+
+    def __init__(self, *filters: Any) -> None:
+        super().__init__(*filters)
+        self.rule()  # TypeError for what is no filter, here and now
+
+    def rule(self) -> tuple[Any, ...]:
+        from ._filter import make_rule
+
+        if None in self._operands:
+            raise TypeError("None is no filter")
+        return (self._operation, tuple(make_rule(operand) for operand in self._operands))
+
+
+class all_of(_Combination):
+    """Names that every filter keeps. Of nothing: everything."""
+
+    __slots__ = ()
+    _operation = "all"
+
+
+class any_of(_Combination):
+    """Names that at least one filter keeps. Of nothing: nothing."""
+
+    __slots__ = ()
+    _operation = "any"
+
+
+class none_of(_Combination):
+    """Names that no filter keeps."""
+
+    __slots__ = ()
+    _operation = "none"
+
+
+def is_below(prefix: str, name: str) -> bool:
+    """Whether `name` is `prefix` or lies below that module."""
+    if not name.startswith(prefix):
+        return False
+    return len(name) == len(prefix) or prefix.endswith(".") or name[len(prefix)] == "."
+
+
+def is_in_layers(start: int, stop: int, name: str) -> bool:
+    """Whether `name` has a layer component with a number in [start, stop)."""
+    components = name.split(".")
+    return any(
+        word in _LAYER_WORDS
+        and number.isascii()
+        and number.isdigit()
+        and start <= int(number) < stop
+        for word, number in itertools.pairwise(components)
+    )
+
+
+def _all_str(values: Iterable[object]) -> tuple[str, ...]:
+    from ._filter import _exact_str
+
+    return tuple(_exact_str(value) for value in values)
+
+
+def _stable_repr(operand: object) -> str:
+    """A repr that is equal for equal operands: sets are printed in order."""
+    if isinstance(operand, (set, frozenset)):
+        return "{" + ", ".join(map(repr, sorted(operand))) + "}"
+    return repr(operand)

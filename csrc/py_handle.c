@@ -85,13 +85,14 @@ static Py_ssize_t find_kept(struct stx_py_handle *self, PyObject *py_name) {
     return -1;
 }
 
-/* Names of the kept tensors; `order` gives indexes, NULL means offset order. */
-static PyObject *list_names(struct stx_py_handle *self, const uint32_t *order) {
-    PyObject *py_list = PyList_New((Py_ssize_t)self->kept_count);
+/* Names of the kept tensors, or of `all`; `order` gives indexes, NULL means offset order. */
+static PyObject *list_names(struct stx_py_handle *self, const uint32_t *order, bool all) {
+    const size_t count = self->source.header.tensors_count;
+    PyObject *py_list = PyList_New((Py_ssize_t)(all ? count : self->kept_count));
     Py_ssize_t filled = 0;
-    for (size_t i = 0; py_list != NULL && i < self->source.header.tensors_count; i++) {
+    for (size_t i = 0; py_list != NULL && i < count; i++) {
         const size_t index = order == NULL ? i : order[i];
-        if (!stx_py_handle_keeps(self, index)) continue;
+        if (!all && !stx_py_handle_keeps(self, index)) continue;
         PyObject *py_name = stx_py_names_get(&self->names, index);
         if (py_name == NULL) {
             Py_CLEAR(py_list);
@@ -113,7 +114,7 @@ static PyObject *sort_and_list(struct stx_py_handle *self) {
         }
         self->sorted = order;
     }
-    return list_names(self, self->sorted);
+    return list_names(self, self->sorted, false);
 }
 
 static PyObject *handle_keys(PyObject *py_self, PyObject *py_unused) {
@@ -125,7 +126,13 @@ static PyObject *handle_keys(PyObject *py_self, PyObject *py_unused) {
 static PyObject *handle_offset_keys(PyObject *py_self, PyObject *py_unused) {
     struct stx_py_handle *self = (struct stx_py_handle *)py_self;
     (void)py_unused;
-    return enter(self) ? leave(self, list_names(self, NULL)) : NULL;
+    return enter(self) ? leave(self, list_names(self, NULL, false)) : NULL;
+}
+
+static PyObject *handle_all_names(PyObject *py_self, PyObject *py_unused) {
+    struct stx_py_handle *self = (struct stx_py_handle *)py_self;
+    (void)py_unused;
+    return enter(self) ? leave(self, list_names(self, NULL, true)) : NULL;
 }
 
 static PyObject *build_metadata(const struct stx_header *header) {
@@ -306,7 +313,9 @@ static PyObject *handle_getattro(PyObject *py_self, PyObject *py_attribute) {
     PyObject *py_type, *py_value, *py_traceback;
     PyObject *py_found = PyObject_GenericGetAttr(py_self, py_attribute);
     if (py_found != NULL || !PyErr_ExceptionMatches(PyExc_AttributeError)) return py_found;
-    if (self->py_origin == NULL || PyUnicode_ReadChar(py_attribute, 0) == '_') return NULL;
+    if (self->py_origin == NULL || PyUnicode_GetLength(py_attribute) == 0 ||
+        PyUnicode_ReadChar(py_attribute, 0) == '_')
+        return NULL;
     PyErr_Fetch(&py_type, &py_value, &py_traceback);
     py_found = PyObject_CallMethod(self->py_origin, "stock_attribute", "OO", py_self, py_attribute);
     if (py_found == Py_NotImplemented) {
@@ -344,6 +353,8 @@ static PyMethodDef handle_methods[] = {
      PyDoc_STR("get_shape($self, name)\n--\n\nIts shape: a list of int.")},
     {"nbytes", WITH_NAME(handle_nbytes),
      PyDoc_STR("nbytes($self, name)\n--\n\nIts size in the file, in bytes.")},
+    {"_all_names", handle_all_names, METH_NOARGS,
+     PyDoc_STR("Names in file order, also those a filter left out.")},
     {"__enter__", handle_enter, METH_NOARGS, NULL},
     {"__exit__", WITH_NAME(handle_exit), NULL},
     {NULL, NULL, 0, NULL}};

@@ -32,10 +32,12 @@ static void count_kept(struct stx_py_handle *self) {
     counters->bytes_skipped += total_bytes - self->kept_bytes;
 }
 
-/* A file that is at least nine tenths cached is warm: nothing is gained by advice. */
+/* Of a file kept in part, exactly the kept bytes are asked for, unless the file is at least nine
+ * tenths cached already. */
 static void decide_advice(struct stx_py_handle *self) {
     struct stx_py_counters *counters = &self->state->counters;
     const uint64_t size_bytes = self->source.identity.size_bytes;
+    if (self->keep == NULL) return;
     const bool warm = self->source.cached_bytes >= size_bytes - size_bytes / 10;
     if (warm) counters->files_warm++;
     if (!warm) counters->files_cold++;
@@ -106,7 +108,7 @@ PyObject *stx_py_handle_open(PyObject *py_module, PyObject *py_arguments) {
     }
     const uint64_t start_ns = stx_py_clock_ns();
     Py_BEGIN_ALLOW_THREADS;
-    status = stx_source_open(&source, path, &err);
+    status = stx_source_open(&source, path, py_rule != Py_None, &err);
     Py_END_ALLOW_THREADS;
     state->counters.header_ns += stx_py_clock_ns() - start_ns;
     if (status != STX_OK) return stx_py_raise_refused(state, &err);

@@ -56,7 +56,7 @@ out:
 }
 
 static enum stx_status open_parts(struct stx_source *source, const struct stx_file *file,
-                                  struct stx_err *err) {
+                                  bool ask_cached, struct stx_err *err) {
     struct stx_err ignored;
     char *text = NULL;
     uint64_t json_bytes = 0;
@@ -65,18 +65,19 @@ static enum stx_status open_parts(struct stx_source *source, const struct stx_fi
                                                     json_bytes, file->identity.size_bytes, err);
     free(text);
     if (status != STX_OK) return status;
-    if (stx_file_cached_bytes(file, &source->cached_bytes, &ignored) != STX_OK)
+    if (ask_cached && stx_file_cached_bytes(file, &source->cached_bytes, &ignored) != STX_OK)
         source->cached_bytes = 0;
     stx_file_expect_sequential(file); /* holds for the mapping too: it shares the open file */
     return stx_mapping_open(&source->mapping, file, err);
 }
 
-enum stx_status stx_source_open(struct stx_source *source, const char *path, struct stx_err *err) {
+enum stx_status stx_source_open(struct stx_source *source, const char *path, bool ask_cached,
+                                struct stx_err *err) {
     struct stx_file file;
     *source = (struct stx_source){0};
     STX_TRY(stx_file_open(&file, path, err));
     source->identity = file.identity;
-    const enum stx_status status = open_parts(source, &file, err);
+    const enum stx_status status = open_parts(source, &file, ask_cached, err);
     stx_file_close(&file);
     if (status != STX_OK) stx_source_close(source);
     return status;

@@ -96,6 +96,10 @@ class FilteredHandle:
     def _skipped_count(self) -> int:
         return len(self._left_out)
 
+    def _all_names(self) -> list[str]:
+        names: list[str] = self._handle.keys()
+        return names
+
     def keys(self) -> list[str]:
         return [name for name in self._handle.keys() if name in self._kept_set]  # noqa: SIM118
 

@@ -4,10 +4,10 @@
 What is in force is a list of entries, one of `patch()` and one of each `patched()` block; the
 youngest counts, whole. The first entry installs, the last one's removal restores.
 
-Installing binds the *homes* (the table below) and sweeps the namespaces of all imported modules for
-names that are bound to an original, by identity. Every change goes on one undo stack; undoing walks
-back and restores only what is still ours. A home that is not imported yet is bound when it is: a
-hook waits for it, nothing is imported for its sake.
+Installing sweeps the namespaces of all imported modules, the *homes* safetensors and
+safetensors.torch among them, for names that are bound to an original, by identity. Every change
+goes on one undo stack; undoing walks back and restores only what is still ours. A home that is not
+imported yet is bound when it is: a hook waits for it, nothing is imported for its sake.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ _lock = threading.RLock()
 _entries: tuple[Entry, ...] = ()  # replaced, never changed: readers take no lock
 _process_entry: Entry | None = None
 _undo: list[tuple[dict[str, Any], str, Any, Any]] = []
+_bound: set[str] = set()  # homes whose names have been replaced
 _warned = False
 
 
@@ -74,7 +75,7 @@ def patch(tensor_filter: _filter.TensorFilter = None) -> None:
         else:
             _entries = (*_entries, entry)
         _process_entry = entry
-        _install()
+        _install(again=True)
 
 
 def unpatch() -> None:
@@ -98,6 +99,7 @@ def patched(tensor_filter: _filter.TensorFilter = None) -> Iterator[_stats.Repor
     report = _stats.Report()
     if _is_disabled():
         yield report
+        report._finish()
         return
     _warn_once_without_extension()
     with _lock:
@@ -142,23 +144,21 @@ def _remove(entry: Entry) -> None:
 # --- installing and restoring ---
 
 
-def _replacements() -> dict[str, list[tuple[str, Any, Any]]]:
-    """The homes that are imported: module -> (name, original, ours)."""
+def _replacements() -> dict[str, list[tuple[Any, Any]]]:
+    """The homes that are imported: module -> pairs of an original and ours."""
     from . import _load, _safe_open
 
-    homes: dict[str, list[tuple[str, Any, Any]]] = {}
+    homes: dict[str, list[tuple[Any, Any]]] = {}
     if _is_imported("safetensors", "safe_open"):
         _stock.take()
-        homes["safetensors"] = [("safe_open", _stock.safe_open, _safe_open.stand_in())]
+        homes["safetensors"] = [(_stock.safe_open, _safe_open.stand_in())]
         if _stock.PySafeSlice is not None:
-            homes["safetensors"].append(
-                ("PySafeSlice", _stock.PySafeSlice, _safe_open.slice_stand_in())
-            )
+            homes["safetensors"].append((_stock.PySafeSlice, _safe_open.slice_stand_in()))
     if _is_imported("safetensors.torch", "load_file"):
         _stock.take_torch()
         homes["safetensors.torch"] = [
-            ("load_file", _stock.load_file, _load.load_file_stand_in()),
-            ("load", _stock.load, _load.load_stand_in()),
+            (_stock.load_file, _load.load_file_stand_in()),
+            (_stock.load, _load.load_stand_in()),
         ]
     return homes
 
@@ -168,12 +168,19 @@ def _is_imported(module: str, name: str) -> bool:
     return name in getattr(sys.modules.get(module), "__dict__", {})
 
 
-def _install() -> None:
-    """Bind what is imported, everywhere; leave the hook for what is not."""
+def _install(again: bool = False) -> None:
+    """Bind what is imported and not bound yet, everywhere; leave the hook for what is not.
+
+    A home is swept for once, since whoever binds its names later binds ours, or `again` when the
+    user says so: a reload may have brought an original back.
+    """
     homes = _replacements()
-    ours = {id(old): (old, new) for names in homes.values() for _, old, new in names}
+    if again:
+        _bound.clear()
+    ours = {id(old): (old, new) for home in homes.keys() - _bound for old, new in homes[home]}
     if ours:
         _sweep(ours)
+        _bound.update(homes)
     if len(homes) < 2 and _hook not in sys.meta_path:
         sys.meta_path.insert(0, _hook)
 
@@ -212,6 +219,7 @@ def _restore() -> None:
         namespace, name, old, new = _undo.pop()
         if namespace.get(name) is new:
             namespace[name] = old
+    _bound.clear()
     if _hook in sys.meta_path:
         sys.meta_path.remove(_hook)
 

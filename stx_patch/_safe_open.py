@@ -187,11 +187,7 @@ def check_result(request: Request, handle: Any, filename: Any) -> None:
 
 
 def _check_strict(request: Request, handle: Any, filename: Any) -> None:
-    names = handle.offset_keys()
-    if handle._skipped_count != 0:
-        with _stock.bypass():
-            names = list(_stock.safe_open(filename, framework="pt").keys())
-    missing = _filter.unmatched(request.own_rule, names)
+    missing = _filter.unmatched(request.own_rule, handle._all_names())
     if missing:
         shown = ", ".join(map(repr, missing[:10])) + (", …" if len(missing) > 10 else "")
         raise _stock.SafetensorError(

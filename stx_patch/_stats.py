@@ -32,8 +32,8 @@ class Stats:
             mapping faults in later is not known here.
         bytes_over_read: of it, beyond the tensors (page rounding, small gaps).
         requests: number of these requests.
-        files_cold, files_warm: files found with less, or at least, 90 % in the page cache; where
-            the system does not tell, cold.
+        files_cold, files_warm: files opened under a filter and found with less than, or at least,
+            90 % in the page cache; where the system does not tell, cold.
         seconds: phase -> time: header, filter, plan, wrap (making tensors).
     """
 

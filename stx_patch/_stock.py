@@ -8,6 +8,7 @@ call time. Nothing here imports safetensors before it is needed.
 from __future__ import annotations
 
 import importlib
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,12 +31,11 @@ def take() -> None:
         return
     import inspect
 
-    import safetensors
-
-    parameters = frozenset(inspect.signature(safetensors.safe_open).parameters)
-    SafetensorError = safetensors.SafetensorError
-    PySafeSlice = getattr(safetensors, "PySafeSlice", None)
-    safe_open = safetensors.safe_open
+    module = _find("safetensors", "safe_open")
+    parameters = frozenset(inspect.signature(module.safe_open).parameters)
+    SafetensorError = module.SafetensorError
+    PySafeSlice = getattr(module, "PySafeSlice", None)
+    safe_open = module.safe_open
 
 
 def take_torch() -> None:
@@ -44,10 +44,21 @@ def take_torch() -> None:
     take()
     if load_file is not None:
         return
-    # Not by attribute: while it is being imported, the package does not have it yet.
-    module = importlib.import_module("safetensors.torch")
+    module = _find("safetensors.torch", "load_file")
     load = module.load
     load_file = module.load_file
+
+
+def _find(name: str, attribute: str) -> Any:
+    """The module, imported if it is not executed yet.
+
+    One that is executed is taken as it stands, also while its import is not quite over: waiting for
+    another thread's import here, with our own lock held, could deadlock with its import hook.
+    """
+    module = sys.modules.get(name)
+    if attribute not in getattr(module, "__dict__", {}):
+        module = importlib.import_module(name)
+    return module
 
 
 @contextmanager

@@ -68,14 +68,19 @@ def patch(tensor_filter: _filter.TensorFilter = None) -> None:
     entry = Entry(_filter.make_rule(tensor_filter))
     if _is_disabled():
         return
-    _warn_once_without_extension()
+    _warn_once_without_extension(stacklevel=3)
     with _lock:
-        if _process_entry in _entries:
-            _entries = tuple(entry if old is _process_entry else old for old in _entries)
+        before = _entries
+        if _process_entry in before:
+            _entries = tuple(entry if old is _process_entry else old for old in before)
         else:
-            _entries = (*_entries, entry)
+            _entries = (*before, entry)
+        try:
+            _install(again=True)
+        except BaseException:
+            _put_back(before)
+            raise
         _process_entry = entry
-        _install(again=True)
 
 
 def unpatch() -> None:
@@ -101,11 +106,12 @@ def patched(tensor_filter: _filter.TensorFilter = None) -> Iterator[_stats.Repor
         yield report
         report._finish()
         return
-    _warn_once_without_extension()
+    _warn_once_without_extension(stacklevel=5)
     with _lock:
         _entries = (*_entries, entry)
-        _install()
     try:
+        with _lock:
+            _install()
         yield report
     finally:
         report._finish()
@@ -122,7 +128,7 @@ def _is_disabled() -> bool:
     return os.environ.get("STX_PATCH") == "0"
 
 
-def _warn_once_without_extension() -> None:
+def _warn_once_without_extension(stacklevel: int) -> None:
     global _warned
     if _native.core is None and not _warned:
         _warned = True
@@ -130,7 +136,7 @@ def _warn_once_without_extension() -> None:
             "stx_patch has no native core here, everything goes to safetensors itself "
             f"({_native.import_error})",
             StxWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 
@@ -138,6 +144,14 @@ def _remove(entry: Entry) -> None:
     global _entries
     _entries = tuple(other for other in _entries if other is not entry)
     if not _entries:
+        _restore()
+
+
+def _put_back(entries: tuple[Entry, ...]) -> None:
+    """An installation failed half-way: what was in force before is in force again."""
+    global _entries
+    _entries = entries
+    if not entries:
         _restore()
 
 
@@ -149,30 +163,35 @@ def _replacements() -> dict[str, list[tuple[Any, Any]]]:
     from . import _load, _safe_open
 
     homes: dict[str, list[tuple[Any, Any]]] = {}
-    if _is_imported("safetensors", "safe_open"):
+    if _stock.is_executed("safetensors", "safe_open"):
         _stock.take()
         homes["safetensors"] = [(_stock.safe_open, _safe_open.stand_in())]
         if _stock.PySafeSlice is not None:
             homes["safetensors"].append((_stock.PySafeSlice, _safe_open.slice_stand_in()))
-    if _is_imported("safetensors.torch", "load_file"):
+    if _stock.is_executed("safetensors.torch", "load"):
         _stock.take_torch()
         homes["safetensors.torch"] = [
-            (_stock.load_file, _load.load_file_stand_in()),
-            (_stock.load, _load.load_stand_in()),
+            *_pairs("load_file", _load.load_file_stand_in()),
+            *_pairs("load", _load.load_stand_in()),
         ]
     return homes
 
 
-def _is_imported(module: str, name: str) -> bool:
-    """Whether a module has been executed at least as far as the definition of `name`."""
-    return name in getattr(sys.modules.get(module), "__dict__", {})
+def _pairs(name: str, ours: Any) -> list[tuple[Any, Any]]:
+    """A function of safetensors.torch as we took it and, after a reload, as it is now."""
+    known = getattr(_stock, name)
+    present = _stock.namespace_of("safetensors.torch")[name]
+    if present is ours or present is known:
+        return [(known, ours)]
+    setattr(_stock, name, present)
+    return [(known, ours), (present, ours)]
 
 
 def _install(again: bool = False) -> None:
-    """Bind what is imported and not bound yet, everywhere; leave the hook for what is not.
+    """Bind what is imported and not bound yet, everywhere.
 
-    A home is swept for once, since whoever binds its names later binds ours, or `again` when the
-    user says so: a reload may have brought an original back.
+    A home is swept for once, since whoever binds its names later binds ours, or `again` when a
+    reload may have brought an original back. The hook waits for imports and reloads.
     """
     homes = _replacements()
     if again:
@@ -181,7 +200,7 @@ def _install(again: bool = False) -> None:
     if ours:
         _sweep(ours)
         _bound.update(homes)
-    if len(homes) < 2 and _hook not in sys.meta_path:
+    if _hook not in sys.meta_path:
         sys.meta_path.insert(0, _hook)
 
 
@@ -194,12 +213,7 @@ def _sweep(ours: dict[int, tuple[Any, Any]]) -> None:
     for module_name, module in list(sys.modules.items()):
         if _is_skipped(module_name):
             continue
-        try:
-            namespace = object.__getattribute__(module, "__dict__")
-        except AttributeError:
-            continue
-        if not isinstance(namespace, dict):
-            continue
+        namespace = _stock.namespace(module)
         for name, value in list(namespace.items()):
             found = ours.get(id(value))
             if found is not None and found[0] is value:
@@ -273,7 +287,7 @@ class _NotifyingLoader(importlib.abc.Loader):
 def _after_import() -> None:
     with _lock:
         if _entries:
-            _install()
+            _install(again=True)
 
 
 _hook = _ImportHook()

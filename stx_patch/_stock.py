@@ -44,7 +44,7 @@ def take_torch() -> None:
     take()
     if load_file is not None:
         return
-    module = _find("safetensors.torch", "load_file")
+    module = _find("safetensors.torch", "load")
     load = module.load
     load_file = module.load_file
 
@@ -55,10 +55,29 @@ def _find(name: str, attribute: str) -> Any:
     One that is executed is taken as it stands, also while its import is not quite over: waiting for
     another thread's import here, with our own lock held, could deadlock with its import hook.
     """
-    module = sys.modules.get(name)
-    if attribute not in getattr(module, "__dict__", {}):
-        module = importlib.import_module(name)
-    return module
+    if is_executed(name, attribute):
+        return sys.modules[name]
+    return importlib.import_module(name)
+
+
+def is_executed(name: str, attribute: str) -> bool:
+    """Whether a module is imported, at least as far as the definition of `attribute`."""
+    return attribute in namespace_of(name)
+
+
+def namespace_of(name: str) -> dict[str, Any]:
+    """The namespace of an imported module; empty where it is not imported, or only lazily."""
+    return namespace(sys.modules.get(name))
+
+
+def namespace(module: object) -> dict[str, Any]:
+    """The `__dict__` of whatever stands in `sys.modules`, past any `__getattr__` or
+    `__getattribute__`: looking at a lazy module must not make it import anything."""
+    try:
+        found = object.__getattribute__(module, "__dict__")
+    except Exception:  # odd objects may answer with anything
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @contextmanager

@@ -307,6 +307,15 @@ static PyObject *handle_exit(PyObject *py_self, PyObject *const *py_arguments, P
     return Py_NewRef(Py_None);
 }
 
+/* Python's own refusal, in the words it has for stock's class. */
+static PyObject *handle_reduce_ex(PyObject *py_self, PyObject *py_protocol) {
+    const long protocol = PyLong_AsLong(py_protocol);
+    (void)py_self;
+    if (protocol == -1 && PyErr_Occurred()) return NULL;
+    return PyErr_Format(PyExc_TypeError, "cannot pickle '%s' object",
+                        protocol < 2 ? "safe_open" : "builtins.safe_open");
+}
+
 /* A public attribute that only stock has (a newer one's methods) comes from stock. */
 static PyObject *handle_getattro(PyObject *py_self, PyObject *py_attribute) {
     struct stx_py_handle *self = (struct stx_py_handle *)py_self;
@@ -357,6 +366,7 @@ static PyMethodDef handle_methods[] = {
      PyDoc_STR("Names in file order, also those a filter left out.")},
     {"__enter__", handle_enter, METH_NOARGS, NULL},
     {"__exit__", WITH_NAME(handle_exit), NULL},
+    {"__reduce_ex__", handle_reduce_ex, METH_O, NULL},
     {NULL, NULL, 0, NULL}};
 
 static PyGetSetDef handle_getset[] = {

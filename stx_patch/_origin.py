@@ -155,8 +155,8 @@ class FilteredHandle:
             return self._narrow_meta(found)
         return found
 
-    def __reduce__(self) -> Any:
-        return self._handle.__reduce_ex__(2)  # TypeError, as stock's
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._handle.__reduce_ex__(protocol)  # TypeError
 
     def _narrow_prefetch(self, prefetch: Callable[..., Any]) -> Callable[..., Any]:
         def narrowed(plan: Any = None, **keywords: Any) -> Any:
@@ -176,7 +176,7 @@ class FilteredHandle:
         return narrowed
 
     def _check(self, name: object) -> None:
-        if name in self._left_out:
+        if isinstance(name, str) and name in self._left_out:
             raise _stock.SafetensorError(
                 f"File does not contain tensor {name} (left out by tensor_filter)"
             )

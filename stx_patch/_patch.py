@@ -6,8 +6,9 @@ youngest counts, whole. The first entry installs, the last one's removal restore
 
 Installing sweeps the namespaces of all imported modules, the *homes* safetensors and
 safetensors.torch among them, for names that are bound to an original, by identity. Every change
-goes on one undo stack; undoing walks back and restores only what is still ours. A home that is not
-imported yet is bound when it is: a hook waits for it, nothing is imported for its sake.
+goes on one undo stack; undoing walks back and restores only what is still ours, and gives modules
+that were imported meanwhile the originals. A home that is not imported yet is bound when it is: a
+hook waits for it, nothing is imported for its sake.
 """
 
 from __future__ import annotations
@@ -180,8 +181,10 @@ def _replacements() -> dict[str, list[tuple[Any, Any]]]:
 def _pairs(name: str, ours: Any) -> list[tuple[Any, Any]]:
     """A function of safetensors.torch as we took it and, after a reload, as it is now."""
     known = getattr(_stock, name)
-    present = _stock.namespace_of("safetensors.torch")[name]
-    if present is ours or present is known:
+    namespace = _stock.namespace_of("safetensors.torch")
+    present = namespace[name]
+    is_reloaded = present is not known and getattr(present, "__globals__", None) is namespace
+    if not is_reloaded:  # what somebody else has put there is theirs
         return [(known, ours)]
     setattr(_stock, name, present)
     return [(known, ours), (present, ours)]
@@ -204,8 +207,8 @@ def _install(again: bool = False) -> None:
         sys.meta_path.insert(0, _hook)
 
 
-def _sweep(ours: dict[int, tuple[Any, Any]]) -> None:
-    """Replace every module-level name that is bound to an original.
+def _sweep(replacements: dict[int, tuple[Any, Any]]) -> None:
+    """Replace every module-level name that is bound to one of the objects, told by its id.
 
     Only `__dict__` is read, past any `__getattr__` or `__getattribute__` of lazy modules: looking
     at a module must not make it import anything.
@@ -215,7 +218,7 @@ def _sweep(ours: dict[int, tuple[Any, Any]]) -> None:
             continue
         namespace = _stock.namespace(module)
         for name, value in list(namespace.items()):
-            found = ours.get(id(value))
+            found = replacements.get(id(value))
             if found is not None and found[0] is value:
                 _undo.append((namespace, name, *found))
                 namespace[name] = found[1]
@@ -228,11 +231,17 @@ def _is_skipped(module_name: str) -> bool:
 
 
 def _restore() -> None:
-    """Walk the undo stack back; a name that somebody bound anew since is theirs."""
+    """Walk the undo stack back; a name that somebody bound anew since is theirs.
+
+    Modules that were imported meanwhile bound ours by themselves: they get the originals, too.
+    """
     while _undo:
         namespace, name, old, new = _undo.pop()
         if namespace.get(name) is new:
             namespace[name] = old
+    ours = {id(new): (new, old) for pairs in _replacements().values() for old, new in pairs}
+    _sweep(ours)
+    _undo.clear()
     _bound.clear()
     if _hook in sys.meta_path:
         sys.meta_path.remove(_hook)

@@ -263,6 +263,10 @@ class _Method:
         return f"<method '{self.__name__}' of 'builtins.safe_open' objects>"
 
 
+def _new(cls: _Meta, *arguments: Any, **keywords: Any) -> Any:
+    return cls(*arguments, **keywords)
+
+
 def _refuse_subclass(cls: type, /, **keywords: Any) -> None:
     raise TypeError("type 'builtins.safe_open' is not an acceptable base type")
 
@@ -274,6 +278,7 @@ def _make_class(public: bool) -> Any:
         "__doc__": stock.__doc__,
         "__module__": "stx_patch" if public else stock.__module__,
         "__init_subclass__": classmethod(_refuse_subclass),
+        "__new__": _new,
         "_stx_public": public,
     }
     for name, method in vars(stock).items():

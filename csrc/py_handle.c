@@ -251,12 +251,13 @@ static int advise_plan(struct stx_py_handle *self) {
     return 0;
 }
 
-static PyObject *build_tensors(struct stx_py_handle *self) {
+/* A dict of all kept tensors, in file order. Nothing made here can be garbage yet, but making
+ * thousands of objects sets off collections that walk the whole process, torch's own objects
+ * included: they wait until the dict is whole. */
+static PyObject *build_dict(struct stx_py_handle *self, int dispatch_depth) {
     const struct stx_py_place place = place_of(self, false);
-    const int dispatch_depth = stx_py_torch_dispatch_depth(self->state);
-    if (dispatch_depth < 0 || (self->advise && advise_plan(self) != 0)) return NULL;
-    const uint64_t start_ns = stx_py_clock_ns();
     PyObject *py_tensors = PyDict_New();
+    const int collected = PyGC_Disable();
     for (size_t i = 0; py_tensors != NULL && i < self->source.header.tensors_count; i++) {
         if (!stx_py_handle_keeps(self, i)) continue;
         PyObject *py_name = stx_py_names_get(&self->names, i);
@@ -265,6 +266,15 @@ static PyObject *build_tensors(struct stx_py_handle *self) {
             Py_CLEAR(py_tensors);
         Py_XDECREF(py_tensor);
     }
+    if (collected) (void)PyGC_Enable();
+    return py_tensors;
+}
+
+static PyObject *build_tensors(struct stx_py_handle *self) {
+    const int dispatch_depth = stx_py_torch_dispatch_depth(self->state);
+    if (dispatch_depth < 0 || (self->advise && advise_plan(self) != 0)) return NULL;
+    const uint64_t start_ns = stx_py_clock_ns();
+    PyObject *py_tensors = build_dict(self, dispatch_depth);
     self->state->counters.wrap_ns += stx_py_clock_ns() - start_ns;
     return py_tensors;
 }

@@ -14,6 +14,8 @@ from typing import Any, Union
 
 from . import filters
 
+_DEPTH_MAX = 24
+
 Rule = tuple[Any, ...]
 TensorFilter = Union[
     None, str, "list[str]", "tuple[str, ...]", "Set[str]", "Mapping[str, Any]",
@@ -62,7 +64,9 @@ def make_rule(tensor_filter: TensorFilter) -> Rule | None:
     if tensor_filter is None:
         return None
     if isinstance(tensor_filter, filters.Filter):
-        return tensor_filter.rule()
+        rule = tensor_filter.rule()
+        _check_depth(rule, 0)
+        return rule
     if isinstance(tensor_filter, str):
         return ("glob", (_exact_str(tensor_filter),))
     if isinstance(tensor_filter, (list, tuple)):
@@ -75,6 +79,15 @@ def make_rule(tensor_filter: TensorFilter) -> Rule | None:
         "tensor_filter must be a callable, a glob or a list of globs, a set of names or a "
         f"filters.* object, not {type(tensor_filter).__name__}"
     )
+
+
+def _check_depth(rule: Rule, depth: int) -> None:
+    """The core nests so far (csrc/py_filter.c, with room for our own combinations)."""
+    if depth > _DEPTH_MAX:
+        raise ValueError(f"filters are nested more than {_DEPTH_MAX} deep")
+    if rule[0] in ("all", "any", "none"):
+        for child in rule[1]:
+            _check_depth(child, depth + 1)
 
 
 def make_keys_rule(include_keys: Iterable[str]) -> Rule:
@@ -95,7 +108,8 @@ def both(first: Rule | None, second: Rule | None) -> Rule | None:
 
 def matches(rule: Rule, key: TensorKey) -> bool:
     """Whether `rule` keeps `key`. The Python twin of csrc/py_filter.c."""
-    operation, operand = rule[0], rule[1]
+    operation: str = rule[0]
+    operand = rule[1]
     if operation == "call":
         return bool(operand(key))
     if operation == "names":
@@ -106,13 +120,13 @@ def matches(rule: Rule, key: TensorKey) -> bool:
         return any(filters.is_below(prefix, key) for prefix in operand)
     if operation == "layers":
         return filters.is_in_layers(rule[1], rule[2], key)
-    if operation == "all":
-        return all(matches(child, key) for child in operand)
-    if operation == "any":
-        return any(matches(child, key) for child in operand)
-    if operation == "none":
-        return not any(matches(child, key) for child in operand)
-    raise ValueError(f"unknown filter operation {operation!r}")
+    for child in operand:  # no generator: it would turn a callable's StopIteration into another
+        decided = matches(child, key)
+        if operation == "all" and not decided:
+            return False
+        if operation != "all" and decided:
+            return operation == "any"
+    return operation != "any"
 
 
 def match_glob(pattern: str, name: str) -> bool:

@@ -17,7 +17,6 @@ import importlib.abc
 import os
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
@@ -25,7 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from . import _filter, _native, _stats, _stock
-from ._errors import StxWarning
+from ._errors import StxWarning, warn
 
 
 class Entry:
@@ -69,7 +68,7 @@ def patch(tensor_filter: _filter.TensorFilter = None) -> None:
     entry = Entry(_filter.make_rule(tensor_filter))
     if _is_disabled():
         return
-    _warn_once_without_extension(stacklevel=3)
+    _warn_once_without_extension()
     with _lock:
         before = _entries
         if _process_entry in before:
@@ -107,7 +106,7 @@ def patched(tensor_filter: _filter.TensorFilter = None) -> Iterator[_stats.Repor
         yield report
         report._finish()
         return
-    _warn_once_without_extension(stacklevel=5)
+    _warn_once_without_extension()
     with _lock:
         _entries = (*_entries, entry)
     try:
@@ -129,15 +128,14 @@ def _is_disabled() -> bool:
     return os.environ.get("STX_PATCH") == "0"
 
 
-def _warn_once_without_extension(stacklevel: int) -> None:
+def _warn_once_without_extension() -> None:
     global _warned
     if _native.core is None and not _warned:
         _warned = True
-        warnings.warn(
+        warn(
             "stx_patch has no native core here, everything goes to safetensors itself "
             f"({_native.import_error})",
             StxWarning,
-            stacklevel=stacklevel,
         )
 
 

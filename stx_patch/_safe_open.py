@@ -14,12 +14,11 @@ import functools
 import inspect
 import os
 import pkgutil
-import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from . import _filter, _native, _origin, _patch, _stats, _stock
-from ._errors import StxFilterWarning
+from ._errors import StxFilterWarning, warn
 
 _FRAMEWORKS = frozenset(("pt", "torch", "pytorch"))
 _OWN_KEYWORDS = frozenset(("tensor_filter", "include_keys", "strict_filter"))
@@ -183,7 +182,7 @@ def check_result(request: Request, handle: Any, filename: Any) -> None:
         text = f"tensor_filter keeps nothing of {_fspath(filename)}"
         if request.strict:
             raise _stock.SafetensorError(text)
-        warnings.warn(text, StxFilterWarning, stacklevel=5)
+        warn(text, StxFilterWarning)
 
 
 def _check_strict(request: Request, handle: Any, filename: Any) -> None:

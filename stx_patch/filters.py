@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "regex",
 ]
 
+_DIGITS_MAX = 20  # of a 64-bit number; int() refuses thousands
 _LAYER_WORDS = frozenset(("layers", "layer", "blocks", "block", "h"))
 
 
@@ -155,7 +156,7 @@ class _Combination(Filter):
     _operation = ""
 
     def __init__(self, *filters: Any) -> None:
-        super().__init__(*filters)
+        super().__init__(*map(_frozen, filters))
         self.rule()  # TypeError for what is no filter, here and now
 
     def rule(self) -> tuple[Any, ...]:
@@ -196,14 +197,25 @@ def is_below(prefix: str, name: str) -> bool:
 
 def is_in_layers(start: int, stop: int, name: str) -> bool:
     """Whether `name` has a layer component with a number in [start, stop)."""
-    components = name.split(".")
     return any(
-        word in _LAYER_WORDS
-        and number.isascii()
-        and number.isdigit()
-        and start <= int(number) < stop
-        for word, number in itertools.pairwise(components)
+        word in _LAYER_WORDS and start <= number < stop
+        for word, number in _numbered(name.split("."))
     )
+
+
+def _numbered(components: list[str]) -> Iterator[tuple[str, int]]:
+    """Each component that is followed by a number, with it."""
+    for word, digits in itertools.pairwise(components):
+        if digits.isascii() and digits.isdigit():
+            significant = digits.lstrip("0")
+            yield word, int(significant or "0") if len(significant) <= _DIGITS_MAX else 2**64
+
+
+def _frozen(operand: Any) -> Any:
+    """A container as an immutable one: what a filter means is settled when it is made."""
+    if isinstance(operand, (Set, Mapping)):
+        return frozenset(operand)
+    return tuple(operand) if isinstance(operand, list) else operand
 
 
 def _all_str(values: Iterable[object]) -> tuple[str, ...]:

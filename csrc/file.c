@@ -23,7 +23,10 @@
 enum stx_status stx_file_open(struct stx_file *file, const char *path, struct stx_err *err) {
     struct stat status;
     *file = (struct stx_file){.fd = -1};
-    /* Non-blocking so that a pipe without a writer is refused instead of waited for. */
+    /* Looked at before it is opened: a pipe's writer would notice, and a device might act. */
+    if (stat(path, &status) != 0) return stx_err_set_errno(err, errno, "stat");
+    if (!S_ISREG(status.st_mode))
+        return stx_err_set(err, STX_ERR_UNSUPPORTED, "not a regular file");
     const int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0) return stx_err_set_errno(err, errno, "open");
     if (fstat(fd, &status) != 0) {

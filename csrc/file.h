@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * A regular file opened for reading: its size, its identity, whole reads at an offset, and what
- * the page cache holds of it. Opening never blocks on a pipe or device: those are refused.
+ * the page cache holds of it. Pipes and devices are refused unopened.
  */
 #ifndef STX_FILE_H
 #define STX_FILE_H

@@ -71,6 +71,10 @@ PyObject *stx_py_args_name(const char *function, PyObject *const *py_arguments,
                          py_bound) != 0)
         return NULL;
     if (PyUnicode_Check(py_bound[0])) return py_bound[0];
+    if (py_bound[0] == Py_None) {
+        PyErr_SetString(PyExc_TypeError, "argument 'name': 'None' is not an instance of 'str'");
+        return NULL;
+    }
     PyObject *py_type = PyObject_GetAttrString((PyObject *)Py_TYPE(py_bound[0]), "__qualname__");
     if (py_type != NULL)
         PyErr_Format(PyExc_TypeError, "argument 'name': '%U' object is not an instance of 'str'",

@@ -12,15 +12,9 @@
  */
 #include "py_handle.h"
 
-#include "plan.h"
 #include "py_args.h"
 #include "py_err.h"
 #include "py_slice.h"
-
-/* Reads over a gap of at most a page cost nothing extra: the page is read anyway. */
-#define GAP_BYTES 4096
-#define ALIGN_BYTES 4096
-#define BLOCK_BYTES ((uint64_t)2 << 20)
 
 /* --- life --- */
 
@@ -159,15 +153,14 @@ static PyObject *handle_metadata(PyObject *py_self, PyObject *py_unused) {
 
 /* --- tensors --- */
 
-static struct stx_py_place place_of(const struct stx_py_handle *self, bool advise) {
+struct stx_py_place stx_py_handle_place(const struct stx_py_handle *self, bool advise) {
     return (struct stx_py_place){.mapping = self->source.mapping,
                                  .data_begin_bytes = self->source.header.data_begin_bytes,
                                  .advise = advise};
 }
 
-/* `dispatch_depth` is torch's, asked once per call from outside. */
-static PyObject *make_tensor(struct stx_py_handle *self, size_t index,
-                             const struct stx_py_place *place, int dispatch_depth) {
+PyObject *stx_py_handle_tensor(struct stx_py_handle *self, size_t index,
+                               const struct stx_py_place *place, int dispatch_depth) {
     const struct stx_tensor *tensor = &self->source.header.tensors[index];
     if (dispatch_depth == 0 && stx_py_tensor_is_native(tensor))
         return stx_py_tensor_make(self->state, place, tensor);
@@ -176,7 +169,7 @@ static PyObject *make_tensor(struct stx_py_handle *self, size_t index,
     return PyObject_CallMethod(self->py_origin, "stock_tensor", "O", py_name);
 }
 
-/* The four methods that take a name: what each does with the tensor it found. */
+/* The methods that take a name: what each does with the tensor it found. */
 typedef PyObject *(*on_tensor)(struct stx_py_handle *self, size_t index);
 
 static PyObject *call_with_name(PyObject *py_self, const char *function, on_tensor action,
@@ -190,13 +183,13 @@ static PyObject *call_with_name(PyObject *py_self, const char *function, on_tens
 }
 
 static PyObject *give_tensor(struct stx_py_handle *self, size_t index) {
-    const struct stx_py_place place = place_of(self, self->advise);
+    const struct stx_py_place place = stx_py_handle_place(self, self->advise);
     const int dispatch_depth = stx_py_torch_dispatch_depth(self->state);
-    return dispatch_depth < 0 ? NULL : make_tensor(self, index, &place, dispatch_depth);
+    return dispatch_depth < 0 ? NULL : stx_py_handle_tensor(self, index, &place, dispatch_depth);
 }
 
 static PyObject *give_slice(struct stx_py_handle *self, size_t index) {
-    const struct stx_py_place place = place_of(self, self->advise);
+    const struct stx_py_place place = stx_py_handle_place(self, self->advise);
     PyObject *py_name = stx_py_names_get(&self->names, index);
     if (py_name == NULL) return NULL;
     return stx_py_slice_new(self->state, &place, &self->source.header.tensors[index], py_name,
@@ -228,61 +221,10 @@ METHOD_WITH_NAME(get_dtype, give_dtype)
 METHOD_WITH_NAME(get_shape, give_shape)
 METHOD_WITH_NAME(nbytes, give_nbytes)
 
-/* All that is kept of a cold file that is kept in part: have exactly its plan read. */
-static int advise_plan(struct stx_py_handle *self) {
-    const struct stx_plan_input input = {.header = &self->source.header, .keep = self->keep};
-    const struct stx_plan_limits limits = {
-        .gap_bytes = GAP_BYTES, .align_bytes = ALIGN_BYTES, .block_bytes = BLOCK_BYTES};
-    struct stx_py_counters *counters = &self->state->counters;
-    struct stx_plan plan;
-    struct stx_err err;
-    const uint64_t start_ns = stx_py_clock_ns();
-    if (stx_plan_build(&plan, &input, 1, &limits, &err) != STX_OK) return PyErr_NoMemory(), -1;
-    counters->plan_ns += stx_py_clock_ns() - start_ns;
-    Py_BEGIN_ALLOW_THREADS; /* `busy` keeps the mapping */
-    for (size_t i = 0; i < plan.reads_count; i++)
-        stx_mapping_will_need(self->source.mapping, plan.reads[i].begin_bytes,
-                              plan.reads[i].end_bytes);
-    Py_END_ALLOW_THREADS;
-    counters->requests += plan.reads_count;
-    counters->bytes_read += plan.bytes_read;
-    counters->bytes_over_read += plan.bytes_read - plan.bytes_kept;
-    stx_plan_free(&plan);
-    return 0;
-}
-
-/* A dict of all kept tensors, in file order. Nothing made here can be garbage yet, but making
- * thousands of objects sets off collections that walk the whole process, torch's own objects
- * included: they wait until the dict is whole. */
-static PyObject *build_dict(struct stx_py_handle *self, int dispatch_depth) {
-    const struct stx_py_place place = place_of(self, false);
-    PyObject *py_tensors = PyDict_New();
-    const int collected = PyGC_Disable();
-    for (size_t i = 0; py_tensors != NULL && i < self->source.header.tensors_count; i++) {
-        if (!stx_py_handle_keeps(self, i)) continue;
-        PyObject *py_name = stx_py_names_get(&self->names, i);
-        PyObject *py_tensor = py_name == NULL ? NULL : make_tensor(self, i, &place, dispatch_depth);
-        if (py_tensor == NULL || PyDict_SetItem(py_tensors, py_name, py_tensor) != 0)
-            Py_CLEAR(py_tensors);
-        Py_XDECREF(py_tensor);
-    }
-    if (collected) (void)PyGC_Enable();
-    return py_tensors;
-}
-
-static PyObject *build_tensors(struct stx_py_handle *self) {
-    const int dispatch_depth = stx_py_torch_dispatch_depth(self->state);
-    if (dispatch_depth < 0 || (self->advise && advise_plan(self) != 0)) return NULL;
-    const uint64_t start_ns = stx_py_clock_ns();
-    PyObject *py_tensors = build_dict(self, dispatch_depth);
-    self->state->counters.wrap_ns += stx_py_clock_ns() - start_ns;
-    return py_tensors;
-}
-
 static PyObject *handle_get_tensors(PyObject *py_self, PyObject *py_unused) {
     struct stx_py_handle *self = (struct stx_py_handle *)py_self;
     (void)py_unused;
-    return enter(self) ? leave(self, build_tensors(self)) : NULL;
+    return enter(self) ? leave(self, stx_py_handle_load(self)) : NULL;
 }
 
 /* --- the rest --- */
@@ -291,6 +233,14 @@ static PyObject *handle_total_tensor_size(PyObject *py_self, void *unused) {
     struct stx_py_handle *self = (struct stx_py_handle *)py_self;
     (void)unused;
     return PyLong_FromUnsignedLongLong(self->kept_bytes);
+}
+
+/* Stock's class, so that isinstance() holds also for whoever has the original. */
+static PyObject *handle_class(PyObject *py_self, void *unused) {
+    struct stx_py_handle *self = (struct stx_py_handle *)py_self;
+    (void)unused;
+    if (self->py_origin == NULL) return Py_NewRef((PyObject *)Py_TYPE(py_self));
+    return PyObject_GetAttrString(self->py_origin, "stock_class");
 }
 
 static PyObject *handle_skipped(PyObject *py_self, void *unused) {
@@ -326,6 +276,11 @@ static PyObject *handle_reduce_ex(PyObject *py_self, PyObject *py_protocol) {
                         protocol < 2 ? "safe_open" : "builtins.safe_open");
 }
 
+static PyObject *handle_reduce(PyObject *py_self, PyObject *py_unused) {
+    (void)py_self, (void)py_unused;
+    return PyErr_Format(PyExc_TypeError, "cannot pickle 'safe_open' object");
+}
+
 /* A public attribute that only stock has (a newer one's methods) comes from stock. */
 static PyObject *handle_getattro(PyObject *py_self, PyObject *py_attribute) {
     struct stx_py_handle *self = (struct stx_py_handle *)py_self;
@@ -352,16 +307,16 @@ static PyObject *handle_getattro(PyObject *py_self, PyObject *py_attribute) {
 
 static PyMethodDef handle_methods[] = {
     {"keys", handle_keys, METH_NOARGS,
-     PyDoc_STR("keys($self, /)\n--\n\nNames of the tensors, sorted: a list of str.")},
+     PyDoc_STR("keys($self)\n--\n\nNames of the tensors, sorted: a list of str.")},
     {"offset_keys", handle_offset_keys, METH_NOARGS,
-     PyDoc_STR("offset_keys($self, /)\n--\n\nNames of the tensors in file order.")},
+     PyDoc_STR("offset_keys($self)\n--\n\nNames of the tensors in file order.")},
     {"metadata", handle_metadata, METH_NOARGS,
-     PyDoc_STR("metadata($self, /)\n--\n\nThe header's __metadata__: a new dict, or None.")},
+     PyDoc_STR("metadata($self)\n--\n\nThe header's __metadata__: a new dict, or None.")},
     {"get_tensor", WITH_NAME(handle_get_tensor),
      PyDoc_STR("get_tensor($self, name)\n--\n\nThe tensor called name; it owns its storage.\n"
                "SafetensorError if there is none.")},
     {"get_tensors", handle_get_tensors, METH_NOARGS,
-     PyDoc_STR("get_tensors($self, /)\n--\n\nAll tensors: a dict in file order.")},
+     PyDoc_STR("get_tensors($self)\n--\n\nAll tensors: a dict in file order.")},
     {"get_slice", WITH_NAME(handle_get_slice),
      PyDoc_STR("get_slice($self, name)\n--\n\nA lazy slice of the tensor called name; index it.\n"
                "SafetensorError if there is none.")},
@@ -374,14 +329,17 @@ static PyMethodDef handle_methods[] = {
      PyDoc_STR("nbytes($self, name)\n--\n\nIts size in the file, in bytes.")},
     {"_all_names", handle_all_names, METH_NOARGS,
      PyDoc_STR("Names in file order, also those a filter left out.")},
-    {"__enter__", handle_enter, METH_NOARGS, NULL},
-    {"__exit__", WITH_NAME(handle_exit), NULL},
+    {"__enter__", handle_enter, METH_NOARGS, PyDoc_STR("__enter__($self)\n--\n\n")},
+    {"__exit__", WITH_NAME(handle_exit),
+     PyDoc_STR("__exit__($self, _exc_type, _exc_value, _traceback)\n--\n\n")},
+    {"__reduce__", handle_reduce, METH_NOARGS, NULL},
     {"__reduce_ex__", handle_reduce_ex, METH_O, NULL},
     {NULL, NULL, 0, NULL}};
 
 static PyGetSetDef handle_getset[] = {
     {"total_tensor_size", handle_total_tensor_size, NULL,
      PyDoc_STR("Bytes of all tensors that are kept."), NULL},
+    {"__class__", handle_class, NULL, NULL, NULL},
     {"_skipped_count", handle_skipped, NULL, PyDoc_STR("Tensors that a filter left out."), NULL},
     {NULL, NULL, NULL, NULL, NULL}};
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The handle that safe_open returns for a file we serve: shared by the file that opens it
- * (py_open.c) and the one with its methods (py_handle.c). GIL held.
+ * The handle that safe_open returns for a file we serve: shared by the files that open it
+ * (py_open.c), load all of it (py_load.c) and hold its methods (py_handle.c). GIL held.
  */
 #ifndef STX_PY_HANDLE_H
 #define STX_PY_HANDLE_H
@@ -10,6 +10,7 @@
 
 #include "py_names.h"
 #include "py_state.h"
+#include "py_tensor.h"
 #include "source.h"
 
 struct stx_py_handle {
@@ -31,6 +32,17 @@ struct stx_py_handle {
 static inline bool stx_py_handle_keeps(const struct stx_py_handle *self, size_t index) {
     return self->keep == NULL || self->keep[index] != 0;
 }
+
+/* Where this handle's tensors lie. Borrowed from the handle. */
+struct stx_py_place stx_py_handle_place(const struct stx_py_handle *self, bool advise);
+
+/* The tensor at `index`, made here or by stock; `dispatch_depth` is torch's, asked once per call
+ * from outside. NULL with an exception. */
+PyObject *stx_py_handle_tensor(struct stx_py_handle *self, size_t index,
+                               const struct stx_py_place *place, int dispatch_depth);
+
+/* A dict of all kept tensors in file order (py_load.c). NULL with an exception. */
+PyObject *stx_py_handle_load(struct stx_py_handle *self);
 
 /* _C.open(path, rule, origin) -> handle. Opens natively or raises _C.Refused; what a filter raises
  * comes through as it is. `origin` is the Python object that reaches stock for this file. */

@@ -126,10 +126,10 @@ static PyObject *slice_item(PyObject *py_self, Py_ssize_t index) {
 
 static PyMethodDef slice_methods[] = {
     {"get_shape", slice_get_shape, METH_NOARGS,
-     PyDoc_STR("get_shape($self, /)\n--\n\nThe tensor's shape, as the header gives it: a list of "
+     PyDoc_STR("get_shape($self)\n--\n\nThe tensor's shape, as the header gives it: a list of "
                "int.")},
     {"get_dtype", slice_get_dtype, METH_NOARGS,
-     PyDoc_STR("get_dtype($self, /)\n--\n\nThe dtype as the header spells it, such as \"BF16\".")},
+     PyDoc_STR("get_dtype($self)\n--\n\nThe dtype as the header spells it, such as \"BF16\".")},
     {NULL, NULL, 0, NULL}};
 
 static PyType_Slot slice_slots[] = {

@@ -1,0 +1,66 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * All kept tensors of a handle at once: the reads are planned, a cold file that is kept in part is
+ * advised exactly so, then every tensor is made. Makes no reads of its own: the mapping's pages
+ * come when they are touched, or were asked for here.
+ */
+#include "plan.h"
+#include "py_handle.h"
+#include "py_tensor.h"
+
+/* Reads over a gap of at most a page cost nothing extra: the page is read anyway. */
+#define GAP_BYTES 4096
+#define ALIGN_BYTES 4096
+#define BLOCK_BYTES ((uint64_t)2 << 20)
+
+/* All that is kept of a cold file that is kept in part: have exactly its plan read. */
+static int advise_plan(struct stx_py_handle *self) {
+    const struct stx_plan_input input = {.header = &self->source.header, .keep = self->keep};
+    const struct stx_plan_limits limits = {
+        .gap_bytes = GAP_BYTES, .align_bytes = ALIGN_BYTES, .block_bytes = BLOCK_BYTES};
+    struct stx_py_counters *counters = &self->state->counters;
+    struct stx_plan plan;
+    struct stx_err err;
+    const uint64_t start_ns = stx_py_clock_ns();
+    if (stx_plan_build(&plan, &input, 1, &limits, &err) != STX_OK) return PyErr_NoMemory(), -1;
+    counters->plan_ns += stx_py_clock_ns() - start_ns;
+    Py_BEGIN_ALLOW_THREADS; /* `busy` keeps the mapping */
+    for (size_t i = 0; i < plan.reads_count; i++)
+        stx_mapping_will_need(self->source.mapping, plan.reads[i].begin_bytes,
+                              plan.reads[i].end_bytes);
+    Py_END_ALLOW_THREADS;
+    counters->requests += plan.reads_count;
+    counters->bytes_read += plan.bytes_read;
+    counters->bytes_over_read += plan.bytes_read - plan.bytes_kept;
+    stx_plan_free(&plan);
+    return 0;
+}
+
+/* A dict of all kept tensors, in file order. Nothing made here can be garbage yet, but making
+ * thousands of objects sets off collections that walk the whole process, torch's own objects
+ * included: they wait until the dict is whole. */
+static PyObject *build_dict(struct stx_py_handle *self, int dispatch_depth) {
+    const struct stx_py_place place = stx_py_handle_place(self, false);
+    PyObject *py_tensors = PyDict_New();
+    const int collected = PyGC_Disable();
+    for (size_t i = 0; py_tensors != NULL && i < self->source.header.tensors_count; i++) {
+        if (!stx_py_handle_keeps(self, i)) continue;
+        PyObject *py_name = stx_py_names_get(&self->names, i);
+        PyObject *py_tensor =
+            py_name == NULL ? NULL : stx_py_handle_tensor(self, i, &place, dispatch_depth);
+        if (py_tensor == NULL || PyDict_SetItem(py_tensors, py_name, py_tensor) != 0)
+            Py_CLEAR(py_tensors);
+        Py_XDECREF(py_tensor);
+    }
+    if (collected) (void)PyGC_Enable();
+    return py_tensors;
+}
+
+PyObject *stx_py_handle_load(struct stx_py_handle *self) {
+    const int dispatch_depth = stx_py_torch_dispatch_depth(self->state);
+    if (dispatch_depth < 0 || (self->advise && advise_plan(self) != 0)) return NULL;
+    const uint64_t start_ns = stx_py_clock_ns();
+    PyObject *py_tensors = build_dict(self, dispatch_depth);
+    self->state->counters.wrap_ns += stx_py_clock_ns() - start_ns;
+    return py_tensors;
+}

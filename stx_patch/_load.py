@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from . import _filter, _patch, _stats, _stock
-from ._safe_open import Request, check_result, is_stock_call, open_native
+from ._safe_open import Request, check_result, fspath, is_stock_call, open_native
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,10 +110,9 @@ def _load_filtered_stock(
 
     device = request.arguments[1] if len(request.arguments) > 1 else keywords.get("device", "cpu")
     others = {name: value for name, value in keywords.items() if name == "backend"}
-    path = os.fspath(filename) if isinstance(filename, (str, os.PathLike)) else None
     with _stock.bypass():
         opened = _stock.safe_open(filename, framework="pt", device=device, **_known(others))
-    with narrow(opened, request.rule, path) as handle:
+    with narrow(opened, request.rule, fspath(filename)) as handle:
         check_result(request, handle, filename)
         tensors: dict[str, Any] = handle.get_tensors()
         return tensors

@@ -36,6 +36,11 @@ class Origin:
         self._stock_handle: Any = None
         self.identity: tuple[int, int, int, int] | None = None
 
+    @property
+    def stock_class(self) -> Any:
+        """What a native handle's `__class__` says."""
+        return _stock.safe_open
+
     def stock_tensor(self, name: str) -> Any:
         """The tensor as stock makes it, or stock's error. Called by the core."""
         _stats.count_fallback("tensor")
@@ -91,6 +96,14 @@ class FilteredHandle:
         self._kept = kept  # in file order
         self._kept_set = frozenset(kept)
         self._left_out = frozenset(handle.keys()) - self._kept_set
+
+    @property
+    def __class__(self) -> Any:  # isinstance() holds also for whoever has stock's own class
+        return _stock.safe_open
+
+    @__class__.setter
+    def __class__(self, value: type) -> None:
+        raise TypeError("__class__ assignment is not supported")
 
     @property
     def _skipped_count(self) -> int:

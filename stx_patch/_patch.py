@@ -241,8 +241,9 @@ def _restore() -> None:
     _sweep(ours)
     _undo.clear()
     _bound.clear()
-    if _hook in sys.meta_path:
-        sys.meta_path.remove(_hook)
+    finders = sys.meta_path or []  # None while the interpreter exits
+    if _hook in finders:
+        finders.remove(_hook)
 
 
 # --- homes that are imported later ---

@@ -97,7 +97,7 @@ def open_native(
     request: Request, filename: Any, framework: Any, device: Any, backend: Any
 ) -> Any | None:
     """A native handle, or None after counting why stock is to serve this."""
-    path = _fspath(filename)
+    path = fspath(filename)
     reason = _refuse(request.keywords, path, framework, device, backend)
     if reason is None:
         assert path is not None
@@ -112,12 +112,15 @@ def open_native(
     return None
 
 
-def _fspath(filename: Any) -> str | None:
+def fspath(filename: Any) -> str | None:
     """The path as str, or None for what stock has to judge."""
     if not isinstance(filename, str):
         if not isinstance(filename, os.PathLike):
             return None
-        filename = os.fspath(filename)
+        try:
+            filename = os.fspath(filename)
+        except Exception:  # stock asks again, and says what is wrong
+            return None
     return str(filename) if isinstance(filename, str) else None
 
 
@@ -169,7 +172,7 @@ def _open_stock(request: Request) -> Any:
     with _stock.bypass():
         handle = _stock.safe_open(*request.arguments, **request.keywords)
     filename = request.arguments[0] if request.arguments else request.keywords.get("filename")
-    return _origin.narrow(handle, request.rule, _fspath(filename))
+    return _origin.narrow(handle, request.rule, fspath(filename))
 
 
 def check_result(request: Request, handle: Any, filename: Any) -> None:
@@ -179,7 +182,7 @@ def check_result(request: Request, handle: Any, filename: Any) -> None:
     if request.strict:
         _check_strict(request, handle, filename)
     if request.public and handle._skipped_count != 0 and not handle.offset_keys():
-        text = f"tensor_filter keeps nothing of {_fspath(filename)}"
+        text = f"tensor_filter keeps nothing of {fspath(filename)}"
         if request.strict:
             raise _stock.SafetensorError(text)
         warn(text, StxFilterWarning)
@@ -190,7 +193,7 @@ def _check_strict(request: Request, handle: Any, filename: Any) -> None:
     if missing:
         shown = ", ".join(map(repr, missing[:10])) + (", …" if len(missing) > 10 else "")
         raise _stock.SafetensorError(
-            f"tensor_filter asks for what {_fspath(filename)} does not contain: {shown}"
+            f"tensor_filter asks for what {fspath(filename)} does not contain: {shown}"
         )
 
 

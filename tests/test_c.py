@@ -1,0 +1,54 @@
+"""Proves: the C core by itself; each program of tests/c runs as one case, under ASan and UBSan."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = sorted((ROOT / "tests" / "c").glob("test_*.c"))
+CORE = sorted(path for path in (ROOT / "csrc").glob("*.c") if not path.name.startswith("py_"))
+WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
+SANITIZE = ["-g", "-O1", "-UNDEBUG", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SKIPPED = 77
+
+
+def compile_with(compiler, *arguments):
+    done = subprocess.run([compiler, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="session")
+def core(tmp_path_factory):
+    """The core as a static library, without the Python binding."""
+    folder = tmp_path_factory.mktemp("core")
+    flags = [*WARNINGS, *SANITIZE, "-I", ROOT / "csrc"]
+    for source in CORE:
+        target = folder / f"{source.stem}.o"
+        compile_with("gcc", "-std=c11", "-D_GNU_SOURCE", *flags, "-c", source, "-o", target)
+    source, target = ROOT / "csrc" / "json_simdjson.cpp", folder / "json_simdjson.o"
+    cpp = ["-std=c++17", "-fno-exceptions", "-fno-rtti", *flags]
+    compile_with("g++", *cpp, "-c", source, "-o", target)
+    library = folder / "libcore.a"
+    subprocess.run(["ar", "rcs", library, *sorted(folder.glob("*.o"))], check=True)
+    return library
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
+def test_program(core, tmp_path, program):
+    binary = tmp_path / program.stem
+    flags = ["-std=c11", "-D_GNU_SOURCE", *WARNINGS, *SANITIZE]
+    folders = ["-I", ROOT / "csrc", "-I", ROOT / "tests" / "c"]
+    libraries = [core, "-lsimdjson", "-lstdc++", "-lpthread"]
+    compile_with("gcc", *flags, *folders, program, *libraries, "-o", binary)
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=1"}
+    done = subprocess.run([binary], capture_output=True, text=True, env=environment)
+    if done.returncode == SKIPPED:
+        pytest.skip(done.stderr.strip() or "the kernel lacks it")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_there_are_programs_and_a_compiler():
+    assert len(PROGRAMS) >= 4 and shutil.which("gcc") and shutil.which("g++")

@@ -1,0 +1,176 @@
+"""Proves: the source keeps the project's style: layers, lengths, names, banned calls, silence."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = sorted((ROOT / "csrc").iterdir())
+C_FILES = [path for path in CSRC if path.suffix in (".c", ".h", ".cpp")]
+PYTHON = sorted((ROOT / "stx_patch").glob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "tests").rglob("*.[ch]"))
+
+LINES_MAX, FUNCTION_MAX, COLUMNS_MAX = 400, 70, 100
+# Files and functions that are longer: their size today. They may shrink, not grow.
+LONG_FILES: dict[str, int] = {}
+LONG_FUNCTIONS: dict[str, int] = {}
+
+# Arrows point down: a file includes only files of a lower layer, or of its own.
+LAYERS = [
+    ("err", "checked", "array", "memory", "dtype"),
+    ("json", "json_simdjson", "header"),
+    ("plan", "match"),
+    ("file", "mapping", "source"),
+    ("py_state", "py_err", "py_args", "py_names"),
+    ("py_tensor", "py_filter"),
+    ("py_slice", "py_handle", "py_load", "py_open"),
+    ("py_module",),
+]
+LAYER_OF = {stem: number for number, stems in enumerate(LAYERS) for stem in stems}
+
+# Who may include what from outside.
+ONLY = {
+    "Python.h": lambda stem: stem.startswith("py_"),
+    "ATen/": lambda stem: stem == "py_tensor",
+    "simdjson.h": lambda stem: stem == "json_simdjson",
+    "liburing.h": lambda stem: stem == "engine_uring",
+    "cuda": lambda stem: stem == "device_cuda",
+    "cufile": lambda stem: stem == "engine_gds",
+}
+
+BANNED = {
+    "strcpy": "memcpy",
+    "strcat": "memcpy",
+    "sprintf": "snprintf",
+    "gets": "stx_file_read",
+    "atoi": "a loop with overflow checks",
+    "alloca": "malloc",
+    "printf": "stx_err_set",
+    "fprintf": "stx_err_set",
+    "puts": "stx_err_set",
+    "exit": "a status",
+    "abort": "a status",
+}
+
+
+def c_ids(path):
+    return path.name
+
+
+def without_comments(text):
+    text = re.sub(r"/\*.*?\*/", lambda match: "\n" * match[0].count("\n"), text, flags=re.S)
+    return re.sub(r'"(\\.|[^"\\\n])*"', '""', text)
+
+
+def includes(path):
+    return re.findall(r'^#include ["<]([^">]+)[">]', path.read_text(), flags=re.M)
+
+
+@pytest.mark.parametrize("path", C_FILES, ids=c_ids)
+def test_a_c_file_begins_with_what_it_is(path):
+    lines = path.read_text().splitlines()
+    assert lines[0] == "/* SPDX-License-Identifier: Apache-2.0"
+    end = next(number for number, line in enumerate(lines) if "*/" in line)
+    assert end >= 3, "the top comment says what the file is and what it guarantees"
+
+
+@pytest.mark.parametrize("path", C_FILES, ids=c_ids)
+def test_includes_point_down(path):
+    assert path.stem in LAYER_OF, "name the layer of a new file in LAYERS"
+    for name in includes(path):
+        if (ROOT / "csrc" / name).exists():
+            assert LAYER_OF[Path(name).stem] <= LAYER_OF[path.stem], f"{path.name} -> {name}"
+        for outside, allowed in ONLY.items():
+            if name.startswith(outside):
+                assert allowed(path.stem), f"{path.name} includes {name}"
+
+
+@pytest.mark.parametrize("path", [p for p in C_FILES if p.suffix == ".c"], ids=c_ids)
+def test_a_c_file_includes_its_own_header_first(path):
+    header = path.with_suffix(".h")
+    if header.exists():
+        assert includes(path)[0] == header.name
+
+
+@pytest.mark.parametrize("path", C_FILES, ids=c_ids)
+def test_banned_calls(path):
+    text = without_comments(path.read_text())
+    for name, better in BANNED.items():
+        assert not re.search(rf"(?<![\w.>]){name}\s*\(", text), f"{name}: use {better}"
+    assert not re.search(r"\b(FIXME|TODO|XXX)\b", path.read_text())
+
+
+@pytest.mark.parametrize("path", [p for p in C_FILES if p.suffix == ".h"], ids=c_ids)
+def test_extern_names_begin_with_stx(path):
+    text = without_comments(path.read_text())
+    for name in re.findall(r"^(?!static|typedef)[a-z][\w* ]*?[ *](\w+)\(", text, flags=re.M):
+        assert name.startswith("stx_") or name == "__attribute__", name
+
+
+@pytest.mark.parametrize("path", C_FILES + PYTHON, ids=c_ids)
+def test_files_stay_short(path):
+    count = len(path.read_text().splitlines())
+    assert count <= LONG_FILES.get(path.name, LINES_MAX)
+
+
+@pytest.mark.parametrize("path", C_FILES + PYTHON + TESTS, ids=c_ids)
+def test_lines_stay_short(path):
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        assert len(line) <= COLUMNS_MAX, f"{path.name}:{number}"
+
+
+def c_functions(text):
+    """(line, length) of each function: to the `}` at the left, which clang-format puts there."""
+    start = None
+    for number, line in enumerate(text.splitlines(), 1):
+        if start is None and re.match(r"^\S.*\)\s*\{$|^ +.*\) \{$", line) and "=" not in line:
+            start = number
+        if line == "}" and start is not None:
+            yield start, number - start + 1
+            start = None
+
+
+def python_functions(text):
+    import ast
+
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node.lineno, (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+@pytest.mark.parametrize("path", C_FILES + PYTHON, ids=c_ids)
+def test_functions_stay_short(path):
+    find = python_functions if path.suffix == ".py" else c_functions
+    for line, length in find(path.read_text()):
+        allowed = LONG_FUNCTIONS.get(f"{path.name}:{line}", FUNCTION_MAX)
+        assert length <= allowed, f"{path.name}:{line} has {length} lines"
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=c_ids)
+def test_python_modules_say_what_they_are(path):
+    lines = path.read_text().splitlines()
+    assert lines[0] == "# SPDX-License-Identifier: Apache-2.0"
+    assert lines[1].startswith('"""')
+    assert "print(" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", [p for p in TESTS if p.name.startswith("test_")], ids=c_ids)
+def test_tests_say_what_they_prove(path):
+    first = path.read_text()[:400]
+    assert "Description:" in first if path.suffix == ".c" else first.startswith('"""')
+
+
+def test_import_does_nothing():
+    script = (
+        "import sys, threading\n"
+        "import stx_patch\n"
+        "assert 'torch' not in sys.modules and 'safetensors' not in sys.modules\n"
+        "assert threading.active_count() == 1 and not stx_patch.is_patched()\n"
+        "stx_patch.patch(); stx_patch.unpatch()\n"
+        "assert 'torch' not in sys.modules and 'safetensors' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

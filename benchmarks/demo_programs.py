@@ -100,7 +100,10 @@ def run_cold_part(
 
 
 def drop_cache(path: Path) -> int:
-    """Put a file out of the page cache; returns how many of its pages stayed."""
+    """Put a file out of the page cache; returns how many of its pages stayed.
+
+    OSError where the system does not tell (before Linux 6.5): then nothing is known to be cold.
+    """
     import ctypes
 
     descriptor = os.open(path, os.O_RDONLY)
@@ -109,8 +112,10 @@ def drop_cache(path: Path) -> int:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         whole, pages = (ctypes.c_uint64 * 2)(0, 0), (ctypes.c_uint64 * 5)()
         cachestat = 451  # Linux 6.5; the same number everywhere
-        failed = ctypes.CDLL(None).syscall(cachestat, descriptor, whole, pages, 0)
-        return 0 if failed else int(pages[0])
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.syscall(cachestat, descriptor, whole, pages, 0) != 0:
+            raise OSError(ctypes.get_errno(), "cachestat: cannot tell what is cached")
+        return int(pages[0])
     finally:
         os.close(descriptor)
 

@@ -14,6 +14,9 @@ WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
 SANITIZE = ["-g", "-O1", "-UNDEBUG", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 SKIPPED = 77
 
+# Programs with threads, and what of the core they need: these run under TSan as well.
+THREADED = {"test_mapping": ("mapping", "file", "err")}
+
 
 def compile_with(compiler, *arguments):
     done = subprocess.run([compiler, *map(str, arguments)], capture_output=True, text=True)
@@ -43,11 +46,29 @@ def test_program(core, tmp_path, program):
     folders = ["-I", ROOT / "csrc", "-I", ROOT / "tests" / "c"]
     libraries = [core, "-lsimdjson", "-lstdc++", "-lpthread"]
     compile_with("gcc", *flags, *folders, program, *libraries, "-o", binary)
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=1"}
-    done = subprocess.run([binary], capture_output=True, text=True, env=environment)
+    run(binary, ASAN_OPTIONS="detect_leaks=1")
+
+
+def run(*command, **environment):
+    """Run a program: 0 passes, 77 skips, everything else fails."""
+    done = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, env={**os.environ, **environment}
+    )
     if done.returncode == SKIPPED:
         pytest.skip(done.stderr.strip() or "the kernel lacks it")
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", THREADED)
+def test_program_has_no_races(tmp_path, name):
+    binary = tmp_path / name
+    sources = [ROOT / "csrc" / f"{stem}.c" for stem in THREADED[name]]
+    flags = ["-std=c11", "-D_GNU_SOURCE", *WARNINGS, "-g", "-O1", "-UNDEBUG", "-fsanitize=thread"]
+    folders = ["-I", ROOT / "csrc", "-I", ROOT / "tests" / "c"]
+    program = ROOT / "tests" / "c" / f"{name}.c"
+    compile_with("gcc", *flags, *folders, program, *sources, "-lpthread", "-o", binary)
+    # TSan of this age cannot live with the widest randomised addresses: without them it always can.
+    run("setarch", "-R", binary)
 
 
 def test_there_are_programs_and_a_compiler():

@@ -80,8 +80,7 @@ static void test_no_files(const char *path) {
 
 /* A valid file whose header is padded to `json_bytes`. */
 static size_t make_file(char *bytes, size_t json_bytes) {
-    static const char entry[] =
-        "{\"a\":{\"dtype\":\"U8\",\"shape\":[3],\"data_offsets\":[0,3]}}";
+    static const char entry[] = "{\"a\":{\"dtype\":\"U8\",\"shape\":[3],\"data_offsets\":[0,3]}}";
     for (int i = 0; i < 8; i++) bytes[i] = (char)(json_bytes >> (8 * i));
     memset(bytes + 8, ' ', json_bytes);
     memcpy(bytes + 8, entry, sizeof entry - 1);

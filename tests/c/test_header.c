@@ -59,8 +59,9 @@ static void test_accepted(void) {
     stx_header_free(&header);
 }
 
-#define ENTRY(name, dtype, shape, begin, end)                      \
-    "\"" name "\":{\"dtype\":\"" dtype "\",\"shape\":[" shape "]," \
+#define ENTRY(name, dtype, shape, begin, end)                 \
+    "\"" name "\":{\"dtype\":\"" dtype "\",\"shape\":[" shape \
+    "],"                                                      \
     "\"data_offsets\":[" begin "," end "]}"
 
 static void test_refused(void) {
@@ -89,8 +90,10 @@ static void test_refused(void) {
     check_refused("{" ENTRY("a", "U8", "9223372036854775807,3", "0", "1") "}", 1, bad, 9);
     check_refused("{" ENTRY("a", "F64", "2305843009213693952", "0", "1") "}", 1, bad, 9);
     check_refused("{\"a\":{\"dtype\":\"U8\",\"shape\":[1]}}", 1, bad, 8);
-    check_refused("{\"a\":{\"dtype\":\"U8\",\"dtype\":\"U8\",\"shape\":[1],"
-                  "\"data_offsets\":[0,1]}}", 1, bad, 8);
+    check_refused(
+        "{\"a\":{\"dtype\":\"U8\",\"dtype\":\"U8\",\"shape\":[1],"
+        "\"data_offsets\":[0,1]}}",
+        1, bad, 8);
     check_refused("{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1,2]}}", 1, bad, 8);
     check_refused("{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0]}}", 1, bad, 8);
     check_refused("{\"__metadata__\":{\"a\":1}}", 0, bad, 8);
@@ -218,9 +221,17 @@ static void test_messages(void) {
 
 /* The order of code points, with empty names, prefixes of each other and all planes. */
 static void test_order(void) {
-    static const char *const sorted[] = {
-        "", "\x01", "A", "a", "a.0", "a.10", "a.2", "aa", "\xC3\xA9", "\xEF\xBF\xBF",
-        "\xF0\x9F\xA6\x99"};
+    static const char *const sorted[] = {"",
+                                         "\x01",
+                                         "A",
+                                         "a",
+                                         "a.0",
+                                         "a.10",
+                                         "a.2",
+                                         "aa",
+                                         "\xC3\xA9",
+                                         "\xEF\xBF\xBF",
+                                         "\xF0\x9F\xA6\x99"};
     enum { COUNT = sizeof sorted / sizeof sorted[0] };
     uint64_t seed = 5;
     for (int round = 0; round < 200; round++) {
@@ -228,8 +239,8 @@ static void test_order(void) {
         uint32_t order[COUNT];
         const struct stx_header header = {.tensors = tensors, .tensors_count = COUNT};
         for (size_t i = 0; i < COUNT; i++)
-            tensors[i] = (struct stx_tensor){.name = sorted[i],
-                                             .name_bytes = (uint32_t)strlen(sorted[i])};
+            tensors[i] =
+                (struct stx_tensor){.name = sorted[i], .name_bytes = (uint32_t)strlen(sorted[i])};
         for (size_t i = COUNT - 1; i > 0; i--) {
             const size_t other = random_below(&seed, i + 1);
             const struct stx_tensor swapped = tensors[i];

@@ -95,12 +95,11 @@ static void check_holes(const struct scene *scene, const struct stx_plan *plan) 
         uint64_t begin = header->data_begin_bytes;
         for (size_t i = 0; i <= header->tensors_count; i++) {
             const int last = i == header->tensors_count;
-            if (!last && (!is_kept(scene, f, i) ||
-                          header->tensors[i].begin == header->tensors[i].end))
+            if (!last &&
+                (!is_kept(scene, f, i) || header->tensors[i].begin == header->tensors[i].end))
                 continue;
-            const uint64_t end =
-                last ? header->file_size_bytes
-                     : header->data_begin_bytes + header->tensors[i].begin;
+            const uint64_t end = last ? header->file_size_bytes
+                                      : header->data_begin_bytes + header->tensors[i].begin;
             const int at_border = begin == header->data_begin_bytes || last;
             if (end > begin + 2 * margin && (at_border || end - begin > scene->limits.gap_bytes))
                 CHECK(covered(plan, 1, f, begin + margin, end - margin) == 0);
@@ -236,7 +235,8 @@ static void test_nothing(void) {
 /* One tensor of many blocks, far out in a file larger than any memory. */
 static void test_far_out(void) {
     const uint64_t far = UINT64_C(1) << 62, block = UINT64_C(8) << 20;
-    struct stx_tensor tensors[] = {{.begin = 0, .end = far}, {.begin = far, .end = far + block + 1}};
+    struct stx_tensor tensors[] = {{.begin = 0, .end = far},
+                                   {.begin = far, .end = far + block + 1}};
     const uint8_t keep[] = {0, 1};
     const struct stx_header header = {.tensors = tensors,
                                       .tensors_count = 2,

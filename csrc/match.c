@@ -26,18 +26,25 @@ static const char *find_set_end(const char *at, const char *end) {
     return at < end ? memchr(at, ']', (size_t)(end - at)) : NULL;
 }
 
-/* Whether `code_point` is in the set [at, end). */
+/* Whether `code_point` is in the set [at, end). An empty range is as if it were not written, so a
+ * `!` behind it is the first character: fnmatch reads it so. */
 static bool match_set(const char *at, const char *end, uint32_t code_point) {
-    const bool negated = at < end && *at == '!';
-    bool found = false;
-    if (negated) at++;
+    bool negated = false, found = false, is_first = true;
     while (at < end) {
+        if (is_first && *at == '!') {
+            negated = true;
+            is_first = false;
+            at++;
+            continue;
+        }
         const uint32_t low = next_code_point(&at, end);
         uint32_t high = low;
         if (at + 1 < end && *at == '-') {
             at++;
             high = next_code_point(&at, end);
         }
+        if (low > high) continue;
+        is_first = false;
         if (low <= code_point && code_point <= high) found = true;
     }
     return found != negated;

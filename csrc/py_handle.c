@@ -243,6 +243,14 @@ static PyObject *handle_class(PyObject *py_self, void *unused) {
     return PyObject_GetAttrString(self->py_origin, "stock_class");
 }
 
+static int handle_set_class(PyObject *py_self, PyObject *py_value, void *unused) {
+    (void)py_self, (void)py_value, (void)unused;
+    PyErr_SetString(PyExc_TypeError,
+                    "__class__ assignment only supported for mutable types or ModuleType "
+                    "subclasses");
+    return -1;
+}
+
 static PyObject *handle_skipped(PyObject *py_self, void *unused) {
     struct stx_py_handle *self = (struct stx_py_handle *)py_self;
     (void)unused;
@@ -339,7 +347,7 @@ static PyMethodDef handle_methods[] = {
 static PyGetSetDef handle_getset[] = {
     {"total_tensor_size", handle_total_tensor_size, NULL,
      PyDoc_STR("Bytes of all tensors that are kept."), NULL},
-    {"__class__", handle_class, NULL, NULL, NULL},
+    {"__class__", handle_class, handle_set_class, NULL, NULL},
     {"_skipped_count", handle_skipped, NULL, PyDoc_STR("Tensors that a filter left out."), NULL},
     {NULL, NULL, NULL, NULL, NULL}};
 

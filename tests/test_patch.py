@@ -547,7 +547,8 @@ def test_handles_look_like_stock(path, kind):
     assert hash(handle) == hash(handle) and handle == handle and len({handle, stock}) == 2
     assert bool(handle) and not callable(handle)
     assert hasattr(handle, "keys") and not hasattr(handle, "close")
-    assert all(hasattr(handle, name) for name in dir(stock))
+    # copyreg leaves __slotnames__ on a class that somebody tried to pickle.
+    assert all(hasattr(handle, name) for name in set(dir(stock)) - {"__slotnames__"})
     if kind == "native":
         assert repr(handle).startswith("<builtins.safe_open object at 0x")
         assert type(handle).__name__ == "safe_open"

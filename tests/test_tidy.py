@@ -113,7 +113,7 @@ def test_banned_calls(path):
 def test_extern_names_begin_with_stx(path):
     """What a header declares and what a file defines, unless it is static."""
     text = without_comments(path.read_text())
-    declared = r"^(?!static|typedef|#)(?:[a-z]\w*[ *]+)+?\**(\w+)(?:\(|\[.*\] =| = )"
+    declared = r"^(?!static|typedef|#)(?:[A-Za-z]\w*[ *]+)+?\**(\w+)(?:\(|\[.*\] =| = )"
     for name in re.findall(declared, text, flags=re.M):
         assert name.startswith("stx_") or name in EXPORTED, name
 

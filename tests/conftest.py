@@ -1,5 +1,7 @@
 """Fixtures of all tests. Every test ends unpatched."""
 
+from pathlib import Path
+
 import pytest
 
 import stx_patch
@@ -29,3 +31,20 @@ def sample(tmp_path):
     }
     save_file(tensors, path, {"format": "pt"})
     return path
+
+
+def _allowed_skips():
+    lines = Path(__file__).with_name("allowed_skips.txt").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A test that skips for a reason that is not allowed has failed."""
+    result = yield
+    report = result.get_result()
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not any(allowed in reason for allowed in _allowed_skips()):
+            report.outcome = "failed"
+            report.longrepr = f"{item.nodeid}: this skip is not allowed: {reason}"

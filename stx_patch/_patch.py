@@ -37,6 +37,17 @@ class Entry:
 
 
 _lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    """In a forked child: the thread that may have held it is not there."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
 _entries: tuple[Entry, ...] = ()  # replaced, never changed: readers take no lock
 _process_entry: Entry | None = None
 _undo: list[tuple[dict[str, Any], str, Any, Any]] = []

@@ -7,6 +7,7 @@ The C core counts what it does; hand-overs to stock are counted here. `stats()` 
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 from typing import Any
 
@@ -94,6 +95,17 @@ class Report:
 
 
 _lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """In a forked child: the thread that may have held it is not there."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
 _fallbacks: dict[str, int] = {}
 _tensors_stock = 0
 _baseline = Stats()

@@ -24,7 +24,17 @@ PROGRAMS = Path(__file__).with_name("demo_programs.py")
 RUNS = 3
 SMALL_TENSORS = 20_000
 
-MODES = (("stock", "stock"), ("before", "patched"), ("after", "patched after import"))
+MODES = ("stock", "before", "after")  # patched before, or after, the libraries are imported
+HEADER = [
+    "load (warm cache), ms",
+    "stock",
+    "ours",
+    "ratio",
+    "late patch",
+    "native/stock",
+    "fallbacks",
+    "equal",
+]
 CASES = (
     ("minilm", "sentence-transformers, MiniLM (real)"),
     ("llama", "transformers, Llama of 1 GB, 4 shards"),
@@ -112,32 +122,30 @@ def run(program: str, mode: str, data: Path) -> dict[str, Any]:
     return result
 
 
-def run_case(program: str, title: str, data: Path) -> list[list[str]]:
-    """All modes of one program; a row of the table for each patched one."""
-    results: dict[str, list[dict[str, Any]]] = {mode: [] for mode, _ in MODES}
+def run_case(program: str, title: str, data: Path) -> list[str]:
+    """All modes of one program: its row of the table."""
+    results: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
     run(program, "stock", data)  # into the page cache
     for number in range(RUNS):
         say(f"{title}: run {number + 1} of {RUNS}, stock and patched")
-        for mode, _ in MODES:
+        for mode in MODES:
             results[mode].append(run(program, mode, data))
     digests = {result["digest"] for runs in results.values() for result in runs}
-    stock = statistics.median(result["seconds"] for result in results["stock"])
-    rows = []
-    for mode, label in MODES[1:]:
-        ours = statistics.median(result["seconds"] for result in results[mode])
-        stats = results[mode][-1]["stats"]
-        rows.append(
-            [
-                title if mode == "before" else f"  … {label}",
-                f"{stock * 1e3:.1f}",
-                f"{ours * 1e3:.1f}",
-                f"{stock / ours:.1f}x",
-                f"{stats['tensors_native']}/{stats['tensors_stock']}",
-                str(sum(stats["fallbacks"].values())),
-                "yes" if len(digests) == 1 else "NO",
-            ]
-        )
-    return rows
+    stock, before, after = (
+        statistics.median(result["seconds"] for result in results[mode]) for mode in MODES
+    )
+    stats = results["before"][-1]["stats"]
+    fallbacks = sum(sum(results[mode][-1]["stats"]["fallbacks"].values()) for mode in MODES)
+    return [
+        title,
+        f"{stock * 1e3:.1f}",
+        f"{before * 1e3:.1f}",
+        f"{stock / before:.1f}x",
+        f"{after * 1e3:.1f}",
+        f"{stats['tensors_native']}/{stats['tensors_stock']}",
+        str(fallbacks),
+        "yes" if len(digests) == 1 else "NO",
+    ]
 
 
 def run_part(data: Path) -> tuple[list[list[str]], bool]:
@@ -183,12 +191,10 @@ def main() -> int:
         "llama": make_once("llama", make_llama),
         "many": make_once("many.safetensors", make_many),
     }
-    rows = [row for program, title in CASES for row in run_case(program, title, data[program])]
+    rows = [run_case(program, title, data[program]) for program, title in CASES]
     parts, parts_equal = run_part(data["llama"])
     print()
-    show(
-        ["load (warm cache)", "stock ms", "ours ms", "", "native/stock", "fallbacks", "equal"], rows
-    )
+    show(HEADER, rows)
     show(["2 of 8 layers, read whole", "ms", "MB kept", "MB from disk", "cold"], parts)
     equal = parts_equal and all(row[-1] == "yes" for row in rows)
     verdict = "every weight and every output is bit-equal" if equal else "OUTPUTS DIFFER"

@@ -155,4 +155,4 @@ def _exact_str(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"a filter's names and patterns are str, not {type(value).__name__}")
     value.encode()  # a name that is no UTF-8 is in no file: say so now
-    return str(value)
+    return str.__str__(value)  # the text itself, whatever a subclass says of it

@@ -121,7 +121,7 @@ def fspath(filename: Any) -> str | None:
             filename = os.fspath(filename)
         except Exception:  # stock asks again, and says what is wrong
             return None
-    return str(filename) if isinstance(filename, str) else None
+    return str.__str__(filename) if isinstance(filename, str) else None
 
 
 def _refuse(

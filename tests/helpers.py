@@ -1,7 +1,10 @@
 """What the tests of reading share: raw files, and comparing what stock and we answer."""
 
 import json
+import os
+import signal
 import struct
+import traceback
 import types
 import warnings
 
@@ -99,3 +102,20 @@ def native(path):
     except _C.Refused:
         return False
     return True
+
+
+def in_a_child(work):
+    """The exit status of a forked child that runs `work`, and is ended if it hangs."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(10)
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

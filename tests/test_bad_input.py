@@ -6,7 +6,8 @@ import inspect
 import operator
 import os
 import pickle
-import socket
+import resource
+import stat
 import weakref
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from helpers import STOCK, native, outcome, seen
+from helpers import STOCK, in_a_child, native, outcome, seen, write_raw
 
 import stx_patch
 
@@ -66,8 +67,7 @@ def piped(folder):
 
 
 def socketed(folder):
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(os.path.relpath(folder / "socket"))
+    os.mknod(folder / "socket", stat.S_IFSOCK | 0o600)
     return folder / "socket"
 
 
@@ -162,6 +162,96 @@ def test_a_pipe_is_stocks(patched, tmp_path):
         assert same(lambda opener: opener(pipe, "pt"))[0] == "error"
     finally:
         os.close(writer)
+
+
+def test_text_of_another_class_is_its_own_text(patched, sample):
+    """Not what its __str__, __eq__ or __hash__ say, as those of an enum's members do."""
+    other = sample.with_name("other")
+    safetensors.torch.save_file({"Liar": torch.zeros(1)}, other)
+
+    class Liar(str):
+        def __str__(self):
+            return str(other)
+
+        __repr__ = __fspath__ = __format__ = __str__
+
+        def __eq__(self, value):
+            return False
+
+        def __hash__(self):
+            return 7
+
+    path = Liar(sample)
+    for opener in (safetensors.safe_open, stx_patch.safe_open, STOCK.safe_open):
+        assert len(opener(path, "pt").keys()) == 5
+        assert opener(sample, "pt").get_tensor(Liar("vector")).shape == (7,)
+        assert opener(sample, "pt").get_tensor(Word.VECTOR).shape == (7,)
+    assert len(safetensors.torch.load_file(path)) == len(STOCK.load_file(path)) == 5
+    for chosen in ({Word.VECTOR}, [Word.VECTOR], Word.VECTOR, {Word.VECTOR: 1}):
+        assert list(stx_patch.load_file(sample, tensor_filter=chosen)) == ["vector"]
+    assert list(stx_patch.load_file(sample, include_keys=[Word.VECTOR])) == ["vector"]
+
+
+# --- what the system refuses ---
+
+
+def compare_in_a_child(prepare, path):
+    """Stock's and our answers in a process that `prepare` has restricted."""
+
+    def work():
+        prepare()
+        expected = outcome(STOCK.safe_open, path, "pt")
+        assert expected[0] == "error", "the system allows it"
+        assert outcome(stx_patch.safe_open, path) == expected
+        assert outcome(stx_patch.load_file, path) == outcome(STOCK.load_file, path)
+
+    assert in_a_child(work) == 0
+
+
+def become_nobody():
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_no_permission_as_stock(sample, what):
+    (sample if what == "file" else sample.parent).chmod(0)
+    try:
+        compare_in_a_child(become_nobody, sample)
+    finally:
+        sample.parent.chmod(0o700)
+
+
+def test_no_descriptor_left_as_stock(sample):
+    def use_up():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        try:
+            while True:
+                os.dup(0)
+        except OSError:
+            return
+
+    STOCK.safe_open(sample, "pt"), stx_patch.load_file(sample)  # all imports are done
+    compare_in_a_child(use_up, sample)
+
+
+def test_no_address_space_as_stock(sample, tmp_path):
+    """A file larger than what may be mapped."""
+    size_bytes = 1 << 40
+    large = write_raw(
+        tmp_path / "large",
+        {"a": {"dtype": "U8", "shape": [size_bytes], "data_offsets": [0, size_bytes]}},
+    )
+    os.truncate(large, large.stat().st_size + size_bytes)
+
+    def limit():
+        used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used_bytes + (1 << 30),) * 2)
+
+    STOCK.safe_open(sample, "pt"), stx_patch.load_file(sample)
+    compare_in_a_child(limit, large)
 
 
 # --- arguments ---

@@ -335,6 +335,12 @@ TAKEN = {
     "F4 odd last dimension": file({"a": entry("F4", (2, 1), 0, 1)}, b"x"),
     "F6": file({"a": entry("F6_E3M2", (4,), 0, 3)}, b"xyz"),
     "many": file("{" + MANY + "}", bytes(4000)),
+    "many, with names that end like entries": file(
+        {f"{i}}},": entry(begin=i, end=i + 1) for i in range(4000)}, bytes(4000)
+    ),
+    "many, with such metadata": file(
+        {"__metadata__": {f"{i}}},": '},"' for i in range(20_000)}, "a": A}, b"x"
+    ),
     "many, twice": file("{" + MANY + "," + MANY + "}", bytes(4000)),
 }  # fmt: skip
 
@@ -475,6 +481,32 @@ def test_every_byte_of_the_header_changed(path):
             if native(path):
                 assert expected[0] == "value", (at, byte)
                 check_one_of_stocks_answers(path)
+
+
+def find_cuts(text):
+    """Where a long header may be cut in pieces (csrc/json_simdjson.cpp): behind each 64 KiB."""
+    begin, cuts = 1, []
+    while len(text) - begin > 2 * 65536:
+        cuts.append(text.index('},"', begin + 65536) + 1)
+        begin = cuts[-1] + 1
+    return cuts
+
+
+def test_long_headers_changed_where_they_are_cut(path):
+    text = "{" + MANY + "}"
+    cuts = find_cuts(text)
+    assert cuts
+    for cut in cuts:
+        for at in range(cut - 3, cut + 4):
+            for put in ("", " ", ",", "}", "},", "{", '"', "\\", "\0", ',"', '{},"', "\n,\n"):
+                path.write_bytes(file(text[:at] + put + text[at + 1 :], bytes(4000)))
+                if native(path):
+                    expected = STOCK.safe_open(path, "pt")
+                    handle = stx_patch.safe_open(path)
+                    assert handle.keys() == expected.keys()
+                    assert handle.offset_keys() == expected.offset_keys()
+        path.write_bytes(file(text[:cut] + " " + text[cut:], bytes(4000)))
+        assert native(path)
 
 
 TOKENS = [

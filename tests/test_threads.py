@@ -1,15 +1,13 @@
 """Proves: handles may be used from many threads, closed meanwhile, and carried over a fork."""
 
 import gc
-import os
-import signal
 import subprocess
 import sys
 import threading
 
 import pytest
 import torch
-from helpers import STOCK, ours, outcome
+from helpers import STOCK, in_a_child, ours, outcome
 
 import stx_patch
 
@@ -218,34 +216,15 @@ def test_a_filter_that_closes_and_loads(sample):
 def test_a_fork_reads_on(sample):
     handle = ours(sample)
     tensor = handle.get_tensor("matrix")
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            check(handle.get_tensors())
-            check(stx_patch.load_file(sample))
-            tensor.zero_()
-            status = 0
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    def work():
+        check(handle.get_tensors())
+        check(stx_patch.load_file(sample))
+        tensor.zero_()
+
+    assert in_a_child(work) == 0
     assert torch.equal(tensor.flatten(), torch.arange(24.0))
     check(handle.get_tensors())
-
-
-def in_a_child(work):
-    """The exit status of a forked child that runs `work`, and is ended if it hangs."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(10)
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

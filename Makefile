@@ -10,7 +10,7 @@ VENV := .venv/bin
 SET_UP := PYTHON='$(PYTHON)' tools/setup.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean distclean
+.PHONY: help demo test upstream lint bench clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -19,10 +19,15 @@ demo: ## set up, then load a real model twice, stock and patched, and compare
 	@$(SET_UP)
 	@$(VENV)/python benchmarks/demo.py
 
-test: ## set up with warnings as errors, then lint, then every test
+test: ## set up with warnings as errors, then lint, upstream, then every test
 	@STX_WERROR=1 $(SET_UP)
 	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory upstream
 	@$(VENV)/python -m pytest $(PYTEST_ARGS)
+
+upstream: ## safetensors' own tests, with and without the patch, of two versions
+	@$(SET_UP) with-upstream
+	@$(VENV)/python tools/upstream.py run
 
 lint: ## style and types of the Python code, style of the C code
 	@$(SET_UP) no-build
@@ -43,4 +48,4 @@ clean: ## remove what was built, stamps and caches; .venv stays
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## the same, and .venv
-	@rm -rf .venv
+	@rm -rf .venv .upstream

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Makes a fresh machine ready: system packages, .venv, the built extension. Called by the Makefile.
 #
-#   tools/setup.sh            all of it
-#   tools/setup.sh no-build   without the extension
+#   tools/setup.sh                 all of it
+#   tools/setup.sh no-build        without the extension
+#   tools/setup.sh with-upstream   and safetensors' own tests
 #
 # Each step says what it does and is skipped when it was done before with the same inputs: their
 # hashes are kept in .stamps/. System packages are installed by apt-get, as root or through sudo;
@@ -96,6 +97,13 @@ venv_step() {
     printf '%s\n' "$1" >.stamps/venv
 }
 
+# --- upstream's tests --------------------------------------------------------------------------
+
+upstream_step() {
+    "$venv_python" tools/upstream.py fetch
+    printf '%s\n' "$1" >.stamps/upstream
+}
+
 # --- extension ---------------------------------------------------------------------------------
 
 # STX_WERROR is left out: it changes whether the build succeeds, not what is built.
@@ -133,12 +141,17 @@ if [ -n "${PYTHON:-}" ] && [ -x "$venv_python" ]; then
 fi
 
 venv=$(venv_hash)
+upstream=$(cat tools/upstream.py requirements-dev.txt | hash_of_input)
 build=$(build_hash "$venv")
 did_nothing=yes
 if [ "$(stamp venv)" != "$venv" ] || [ ! -x "$venv_python" ]; then
     did_nothing=
     system_step
     venv_step "$venv"
+fi
+if [ "${1:-}" = with-upstream ] && [ "$(stamp upstream)" != "$upstream" ]; then
+    did_nothing=
+    upstream_step "$upstream"
 fi
 if [ "${1:-}" != no-build ] && ! build_is_current "$build"; then
     did_nothing=

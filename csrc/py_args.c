@@ -70,15 +70,5 @@ PyObject *stx_py_args_name(const char *function, PyObject *const *py_arguments,
     if (stx_py_args_bind(function, parameters, 1, py_arguments, positional_count, py_keywords,
                          py_bound) != 0)
         return NULL;
-    if (PyUnicode_Check(py_bound[0])) return py_bound[0];
-    if (py_bound[0] == Py_None) {
-        PyErr_SetString(PyExc_TypeError, "argument 'name': 'None' is not an instance of 'str'");
-        return NULL;
-    }
-    PyObject *py_type = PyObject_GetAttrString((PyObject *)Py_TYPE(py_bound[0]), "__qualname__");
-    if (py_type != NULL)
-        PyErr_Format(PyExc_TypeError, "argument 'name': '%U' object is not an instance of 'str'",
-                     py_type);
-    Py_XDECREF(py_type);
-    return NULL;
+    return py_bound[0];
 }

@@ -17,7 +17,7 @@ int stx_py_args_bind(const char *function, const char *const *parameters, Py_ssi
                      PyObject *const *py_arguments, Py_ssize_t positional_count,
                      PyObject *py_keywords, PyObject **py_bound);
 
-/* The single parameter `name`, a str, bound and checked. Borrowed; NULL with TypeError. */
+/* The single parameter `name`, bound, of whatever type. Borrowed; NULL with TypeError. */
 PyObject *stx_py_args_name(const char *function, PyObject *const *py_arguments,
                            Py_ssize_t positional_count, PyObject *py_keywords);
 

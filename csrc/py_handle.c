@@ -177,7 +177,12 @@ static PyObject *call_with_name(PyObject *py_self, const char *function, on_tens
                                 PyObject *py_keywords) {
     struct stx_py_handle *self = (struct stx_py_handle *)py_self;
     PyObject *py_name = stx_py_args_name(function, py_arguments, count, py_keywords);
-    if (py_name == NULL || !enter(self)) return NULL;
+    if (py_name == NULL) return NULL;
+    if (!PyUnicode_Check(py_name) || PyUnicode_AsUTF8AndSize(py_name, NULL) == NULL) {
+        PyErr_Clear(); /* stock's versions word this differently */
+        return PyObject_CallMethod(self->py_origin, "refuse_name", "(O)", py_name);
+    }
+    if (!enter(self)) return NULL;
     const Py_ssize_t index = find_kept(self, py_name);
     return leave(self, index < 0 ? NULL : action(self, (size_t)index));
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from . import _filter, _stats, _stock
 
@@ -66,6 +66,21 @@ class Origin:
         if skipped == 0:
             return getattr(stock_handle, attribute)
         return getattr(FilteredHandle(stock_handle, kept), attribute)
+
+    def refuse_name(self, name: object) -> NoReturn:
+        """Raise stock's error for a tensor name that is no str, or no Unicode. Called by the core.
+
+        Stock looks at `framework` in the same way, and before it looks for the file.
+        """
+        try:
+            _stock.safe_open(self._path, framework=name)
+        except (TypeError, UnicodeEncodeError) as error:
+            if isinstance(error, TypeError):
+                error.args = (str(error).replace("'framework'", "'name'", 1),)
+            if hasattr(error, "__notes__"):
+                error.__notes__ = [n.replace("'framework'", "'name'") for n in error.__notes__]
+            raise
+        raise TypeError(f"{name!r} is no name of a tensor")
 
     def _stock(self) -> Any:
         """The stock handle of the file that was opened; SafetensorError if it is another now."""

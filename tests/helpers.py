@@ -55,7 +55,7 @@ def outcome(function, *arguments, **keywords):
             return "value", function(*arguments, **keywords)
         except Exception as error:
             text = str(error).split("\nException raised from")[0]  # torch's addresses
-            return "error", type(error), text
+            return "error", type(error), "\n".join([text, *getattr(error, "__notes__", ())])
 
 
 def facts(tensor):

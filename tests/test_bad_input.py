@@ -26,7 +26,7 @@ class PathOf:
 
     def __fspath__(self):
         if isinstance(self.path, Exception):
-            raise self.path
+            raise type(self.path)(*self.path.args)  # a new one: newer versions add notes to it
         return self.path
 
 

@@ -10,20 +10,27 @@ VENV := .venv/bin
 SET_UP := PYTHON='$(PYTHON)' tools/setup.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test upstream lint bench clean distclean
+.PHONY: help demo test test-next upstream lint bench clean distclean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: ## set up, then load a real model twice, stock and patched, and compare
 	@$(SET_UP)
 	@$(VENV)/python benchmarks/demo.py
 
-test: ## set up with warnings as errors, then lint, upstream, then every test
+test: ## set up with warnings as errors, then lint, upstream, test-next, every test
 	@STX_WERROR=1 $(SET_UP)
 	@$(MAKE) --no-print-directory lint
-	@$(MAKE) --no-print-directory upstream
+	@$(MAKE) --no-print-directory upstream test-next
 	@$(VENV)/python -m pytest $(PYTEST_ARGS)
+
+# Those tests that compare with stock, against the release that comes next.
+NEXT_TESTS := parity slices storage bad_input header_errors patch patch_homes filter stats
+test-next: ## the tests of being a drop-in, against the next safetensors
+	@$(SET_UP) with-upstream
+	@for site in .upstream/site-*; do echo "against $$site"; PYTHONPATH=$$site $(VENV)/python -m \
+	pytest -q $(NEXT_TESTS:%=tests/test_%.py) || exit 1; done
 
 upstream: ## safetensors' own tests, with and without the patch, of two versions
 	@$(SET_UP) with-upstream

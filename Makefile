@@ -42,7 +42,8 @@ lint: ## style and types of the Python code, style of the C code
 	$(VENV)/ruff check .; \
 	$(VENV)/ruff format --check .; \
 	$(VENV)/mypy; \
-	$(VENV)/clang-format --dry-run -Werror csrc/*.[ch] csrc/*.cpp; \
+	$(VENV)/clang-format --dry-run -Werror csrc/*.[ch] csrc/*.cpp tests/c/*.[ch] \
+		tests/fuzz/*.c; \
 	echo "lint: done in $$SECONDS s"
 
 bench: ## set up, then measure loads against stock

@@ -71,8 +71,12 @@ static char *arena_copy(struct stx_header *header, const void *bytes, size_t siz
 
 /* --- names --- */
 
-/* A multiply-and-fold hash, eight bytes a step; the header is bounded at 100 MB, so a flood of
- * colliding names costs time, never memory. */
+/* Names whose hashes fill this many slots in a row are no accident: at half full, a run of a
+ * quarter of it is not expected in any header. */
+#define PROBES_MAX 256
+
+/* A multiply-and-fold hash, eight bytes a step. Names that collide are easy to make; PROBES_MAX
+ * keeps what they cost linear. */
 static uint32_t hash_name(const char *name, size_t name_bytes) {
     uint64_t hash = UINT64_C(0x9E3779B97F4A7C15) ^ name_bytes;
     while (name_bytes >= 8) {
@@ -95,14 +99,15 @@ static bool is_named(const struct stx_tensor *tensor, uint32_t hash, const char 
            memcmp(tensor->name, name, name_bytes) == 0;
 }
 
-/* The slot that holds `name`, or the free one where it belongs. */
+/* The slot that holds `name`, or the free one where it belongs, or NULL after PROBES_MAX. */
 static uint32_t *find_slot(const struct stx_header *header, uint32_t hash, const char *name,
                            size_t name_bytes) {
-    uint32_t at = hash & header->slots_mask;
-    while (header->slots[at] != 0 &&
-           !is_named(&header->tensors[header->slots[at] - 1], hash, name, name_bytes))
-        at = (at + 1) & header->slots_mask;
-    return &header->slots[at];
+    for (uint32_t probe = 0; probe < PROBES_MAX; probe++) {
+        uint32_t *slot = &header->slots[(hash + probe) & header->slots_mask];
+        if (*slot == 0 || is_named(&header->tensors[*slot - 1], hash, name, name_bytes))
+            return slot;
+    }
+    return NULL;
 }
 
 static enum stx_status index_names(struct stx_header *header, struct stx_err *err) {
@@ -114,6 +119,7 @@ static enum stx_status index_names(struct stx_header *header, struct stx_err *er
     for (size_t i = 0; i < header->tensors_count; i++) {
         const struct stx_tensor *tensor = &header->tensors[i];
         uint32_t *slot = find_slot(header, tensor->hash, tensor->name, tensor->name_bytes);
+        if (slot == NULL) return stx_err_set(err, STX_ERR_UNSUPPORTED, "too many names collide");
         if (*slot != 0) return stx_err_set(err, STX_ERR_UNSUPPORTED, "a tensor name occurs twice");
         *slot = (uint32_t)(i + 1);
     }
@@ -124,7 +130,7 @@ const struct stx_tensor *stx_header_find(const struct stx_header *header, const 
                                          size_t name_bytes) {
     if (header->slots == NULL) return NULL;
     const uint32_t *slot = find_slot(header, hash_name(name, name_bytes), name, name_bytes);
-    return *slot == 0 ? NULL : &header->tensors[*slot - 1];
+    return slot == NULL || *slot == 0 ? NULL : &header->tensors[*slot - 1];
 }
 
 static int compare_names(const struct stx_tensor *a, const struct stx_tensor *b) {

@@ -30,8 +30,12 @@ namespace dom = simdjson::dom;
 /* Deep enough for a header and for some nesting in fields that nobody reads. */
 constexpr size_t depth_max = 16;
 
-/* Small enough that text, tape and strings of a piece stay in the second-level cache. */
-constexpr size_t piece_bytes = 64 * 1024;
+/* Small enough that text, tape and strings of a piece stay in the second-level cache. The fuzzer
+ * makes it tiny, to see pieces in short headers. */
+#ifndef STX_JSON_PIECE_BYTES
+#define STX_JSON_PIECE_BYTES (64 * 1024)
+#endif
+constexpr size_t piece_bytes = STX_JSON_PIECE_BYTES;
 
 /* A list of uint64_t that grows; one is reused for all shapes of a header. */
 struct number_list {
@@ -73,6 +77,24 @@ bool has_negative_zero(const char *text, size_t text_bytes) {
             return true;
         at++;
     }
+    return false;
+}
+
+/* Whether a number that nobody reads lies at the edge of double's range, where the reference
+ * reader's own arithmetic overflows, and it refuses what is, rounded well, the largest double. The
+ * parser's depth limit bounds the recursion. */
+bool holds_extreme_number(const dom::element &element) {
+    dom::array values;
+    dom::object fields;
+    double number = 0;
+    if (element.is<double>() && element.get(number) == simdjson::SUCCESS)
+        return number > 1e308 || number < -1e308;
+    if (element.get(values) == simdjson::SUCCESS)
+        for (const dom::element value : values)
+            if (holds_extreme_number(value)) return true;
+    if (element.get(fields) == simdjson::SUCCESS)
+        for (const dom::key_value_pair field : fields)
+            if (holds_extreme_number(field.value)) return true;
     return false;
 }
 
@@ -127,6 +149,8 @@ enum stx_status read_tensor(const dom::element &element, struct stx_json_tensor 
         if (field.key == "dtype") bit = DTYPE;
         if (field.key == "shape") bit = SHAPE;
         if (field.key == "data_offsets") bit = OFFSETS;
+        if (bit == 0 && holds_extreme_number(field.value))
+            return stx_err_set(err, STX_ERR_UNSUPPORTED, "a number at the edge of its range");
         if (bit == 0) continue; /* unknown fields are allowed */
         if ((seen & bit) != 0) return refuse_type(err, "a field occurs twice in an entry");
         seen |= bit;
@@ -290,6 +314,8 @@ extern "C" enum stx_status stx_json_walk(const char *text, size_t text_bytes,
     enum stx_status status = STX_OK;
     if (has_negative_zero(text, text_bytes))
         return stx_err_set(err, STX_ERR_UNSUPPORTED, "the header has a negative zero");
+    if (text_bytes != 0 && static_cast<unsigned char>(text[0]) == 0xEF)
+        return refuse_type(err, "a byte order mark"); /* newer parsers skip it */
     if (text_bytes > 2 * piece_bytes) {
         if (walk_pieces(&walk, text, text_bytes, &status)) return status;
         visitor->restart(visitor->context);

@@ -15,19 +15,22 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "checked.h"
 
 #define HUGE_PAGE_BYTES (UINT64_C(2) << 20)
 /* The kernel starts at most this much per call without looking at congestion in between. */
 #define WILL_NEED_BYTES_MAX (UINT64_C(2) << 20)
-#define PAGE_BYTES UINT64_C(4096) /* the smallest page; a larger one only rounds further out */
 
 struct stx_mapping {
     atomic_size_t users;
     char *bytes;
     uint64_t size_bytes;
 };
+
+/* 4 KiB mostly, 64 KiB on some machines; munmap and madvise refuse a start between two pages. */
+static uint64_t page_bytes(void) { return (uint64_t)sysconf(_SC_PAGESIZE); }
 
 /* Reserve addresses with room to align, so that the file can be placed over them. */
 static void *reserve_aligned(uint64_t size_bytes) {
@@ -37,7 +40,7 @@ static void *reserve_aligned(uint64_t size_bytes) {
     if (reserved == MAP_FAILED) return NULL;
     const uint64_t start = (uint64_t)(uintptr_t)reserved;
     const uint64_t aligned = stx_align_up(start, HUGE_PAGE_BYTES);
-    const uint64_t end = stx_align_up(aligned + size_bytes, PAGE_BYTES);
+    const uint64_t end = stx_align_up(aligned + size_bytes, page_bytes());
     if (aligned != start) (void)munmap(reserved, (size_t)(aligned - start));
     if (end < start + wanted)
         (void)munmap(reserved + (end - start), (size_t)(start + wanted - end));
@@ -102,7 +105,7 @@ void stx_mapping_expect_random(const struct stx_mapping *mapping) {
 void stx_mapping_will_need(const struct stx_mapping *mapping, uint64_t begin_bytes,
                            uint64_t end_bytes) {
     assert(begin_bytes <= end_bytes && end_bytes <= mapping->size_bytes);
-    for (uint64_t at = stx_align_down(begin_bytes, PAGE_BYTES); at < end_bytes;) {
+    for (uint64_t at = stx_align_down(begin_bytes, page_bytes()); at < end_bytes;) {
         const uint64_t piece = stx_min_u64(end_bytes - at, WILL_NEED_BYTES_MAX);
         (void)madvise(mapping->bytes + at, (size_t)piece, MADV_WILLNEED);
         at += piece;

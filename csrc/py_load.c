@@ -36,13 +36,23 @@ static int advise_plan(struct stx_py_handle *self) {
     return 0;
 }
 
+/* Whether no Python code runs while the dict is made: neither stock's nor a torch mode's. */
+static bool is_all_native(const struct stx_py_handle *self, int dispatch_depth) {
+    bool native = dispatch_depth == 0 && stx_py_torch_function_depth(self->state) == 0;
+    for (size_t i = 0; native && i < self->source.header.tensors_count; i++)
+        native = !stx_py_handle_keeps(self, i) ||
+                 stx_py_tensor_is_native(&self->source.header.tensors[i]);
+    PyErr_Clear();
+    return native;
+}
+
 /* A dict of all kept tensors, in file order. Nothing made here can be garbage yet, but making
  * thousands of objects sets off collections that walk the whole process, torch's own objects
- * included: they wait until the dict is whole. */
+ * included: they wait until the dict is whole, where nobody else can notice. */
 static PyObject *build_dict(struct stx_py_handle *self, int dispatch_depth) {
     const struct stx_py_place place = stx_py_handle_place(self, false);
     PyObject *py_tensors = PyDict_New();
-    const int collected = PyGC_Disable();
+    const int collected = is_all_native(self, dispatch_depth) && PyGC_Disable();
     for (size_t i = 0; py_tensors != NULL && i < self->source.header.tensors_count; i++) {
         if (!stx_py_handle_keeps(self, i)) continue;
         PyObject *py_name = stx_py_names_get(&self->names, i);

@@ -87,7 +87,6 @@ static struct stx_py_handle *new_handle(struct stx_py_state *state, struct stx_s
     self->busy = 0;
     self->closed = false;
     self->advise = false;
-    PyObject_GC_Track((PyObject *)self);
     return self;
 }
 
@@ -124,5 +123,6 @@ PyObject *stx_py_handle_open(PyObject *py_module, PyObject *py_arguments) {
     state->counters.opens++;
     count_kept(self);
     decide_advice(self);
+    PyObject_GC_Track((PyObject *)self); /* not before: a filter could find it half open */
     return (PyObject *)self;
 }

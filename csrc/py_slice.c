@@ -91,9 +91,48 @@ static PyObject *slice_get_dtype(PyObject *py_self, PyObject *py_unused) {
     return PyUnicode_FromString(stx_dtype_info(((struct slice *)py_self)->tensor.dtype)->name);
 }
 
+/* The element that is furthest from the first of `py_view`; -1 if it has none. */
+static long long find_last_element(PyObject *py_view) {
+    long long last = 0;
+    PyObject *py_shape = PyObject_GetAttrString(py_view, "shape");
+    PyObject *py_strides = PyObject_CallMethod(py_view, "stride", NULL);
+    const Py_ssize_t rank = py_shape == NULL || py_strides == NULL ? -1 : PyTuple_Size(py_shape);
+    if (rank < 0) last = -1;
+    for (Py_ssize_t i = 0; i < rank && last >= 0; i++) {
+        const long long extent = PyLong_AsLongLong(PyTuple_GetItem(py_shape, i));
+        const long long stride = PyLong_AsLongLong(PyTuple_GetItem(py_strides, i));
+        last = extent <= 0 ? -1 : last + (extent - 1) * stride;
+    }
+    Py_XDECREF(py_strides);
+    Py_XDECREF(py_shape);
+    return last;
+}
+
+/* Of a cold file that is kept in part: have exactly what a view shows read. A result with memory of
+ * its own was copied already. What cannot be found out is left to the page faults. */
+static void advise_view(const struct slice *self, PyObject *py_view) {
+    const uint64_t item_bytes = stx_dtype_info(self->tensor.dtype)->bits / 8;
+    const uint64_t begin_bytes = self->place.data_begin_bytes + self->tensor.begin;
+    const uint64_t size_bytes = self->tensor.end - self->tensor.begin;
+    const uint64_t memory =
+        (uint64_t)(uintptr_t)stx_mapping_bytes(self->place.mapping) + begin_bytes;
+    const long long last = find_last_element(py_view);
+    PyObject *py_address = last < 0 ? NULL : PyObject_CallMethod(py_view, "data_ptr", NULL);
+    const uint64_t address = py_address == NULL ? 0 : PyLong_AsUnsignedLongLong(py_address);
+    const uint64_t view_bytes = ((uint64_t)last + 1) * item_bytes;
+    if (address >= memory && address - memory < size_bytes &&
+        view_bytes <= size_bytes - (address - memory))
+        stx_py_place_advise(self->state, &self->place, begin_bytes + (address - memory),
+                            begin_bytes + (address - memory) + view_bytes);
+    Py_XDECREF(py_address);
+    PyErr_Clear();
+}
+
 /* What stock's slice hands to torch's indexing: the tensor, moved by an active function mode. */
 static PyObject *make_indexed(const struct slice *self, int function_depth) {
-    PyObject *py_tensor = stx_py_tensor_make(self->state, &self->place, &self->tensor);
+    struct stx_py_place place = self->place;
+    place.advise = false; /* that waits for what the index leaves of it */
+    PyObject *py_tensor = stx_py_tensor_make(self->state, &place, &self->tensor);
     if (py_tensor == NULL || function_depth == 0) return py_tensor;
     PyObject *py_moved = PyObject_CallMethod(self->state->torch.module, "asarray", "O", py_tensor);
     Py_DECREF(py_tensor);
@@ -112,6 +151,8 @@ static PyObject *slice_index(PyObject *py_self, PyObject *py_index) {
     if (py_tensor == NULL) return NULL;
     PyObject *py_result = PyObject_GetItem(py_tensor, py_index);
     Py_DECREF(py_tensor);
+    if (py_result != NULL && self->place.advise && function_depth == 0)
+        advise_view(self, py_result);
     return py_result;
 }
 

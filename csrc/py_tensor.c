@@ -215,22 +215,32 @@ static PyObject *make_viewed(const struct stx_py_state *state, struct stx_mappin
     return py_tensor;
 }
 
-/* Ask torch whether it takes this dtype, with one element of static memory. */
+/* Ask torch whether it takes this dtype, with one element of static memory. Only types of a byte or
+ * less can be viewed; the wider ones every torch takes. What an interrupt or a function mode raises
+ * meanwhile says nothing about the dtype: the question stays open. */
 static int probe_route(struct stx_py_state *state, enum stx_dtype dtype) {
     static uint64_t element[2];
     const uint64_t shape[1] = {dtype == STX_DTYPE_F4 ? 2 : 1};
     const struct stx_tensor one = {.shape = shape, .rank = 1, .dtype = dtype};
     PyObject **const py_dtype = &state->torch.dtypes[dtype];
-    *py_dtype = PyObject_GetAttrString(state->torch.module, stx_dtype_info(dtype)->torch_name);
+    if (*py_dtype == NULL)
+        *py_dtype = PyObject_GetAttrString(state->torch.module, stx_dtype_info(dtype)->torch_name);
     if (*py_dtype == NULL) return -1; /* AttributeError, stock's own answer */
+    if (stx_dtype_info(dtype)->bits > 8) {
+        state->torch.routes[dtype] = STX_ROUTE_DIRECT;
+        return 0;
+    }
     PyObject *py_probe =
         make_with(state, NULL, element, &one, dlpack_dtype(dtype), dtype == STX_DTYPE_F4);
     PyObject *py_got = py_probe == NULL ? NULL : PyObject_GetAttrString(py_probe, "dtype");
-    state->torch.routes[dtype] = py_got == *py_dtype ? STX_ROUTE_DIRECT : STX_ROUTE_VIEW;
-    PyErr_Clear();
+    const bool refused = py_probe == NULL && (PyErr_ExceptionMatches(PyExc_RuntimeError) ||
+                                              PyErr_ExceptionMatches(PyExc_BufferError));
+    if (refused) PyErr_Clear();
+    if (refused || py_got != NULL)
+        state->torch.routes[dtype] = py_got == *py_dtype ? STX_ROUTE_DIRECT : STX_ROUTE_VIEW;
     Py_XDECREF(py_got);
     Py_XDECREF(py_probe);
-    return 0;
+    return state->torch.routes[dtype] == STX_ROUTE_UNKNOWN ? -1 : 0;
 }
 
 bool stx_py_tensor_is_native(const struct stx_tensor *tensor) {
@@ -246,12 +256,11 @@ bool stx_py_tensor_is_native(const struct stx_tensor *tensor) {
     return true;
 }
 
-/* Have the system read exactly this tensor while the caller goes on. */
-static void advise_tensor(struct stx_py_state *state, const struct stx_py_place *place,
-                          const struct stx_tensor *tensor) {
-    const uint64_t begin_bytes = place->data_begin_bytes + tensor->begin;
-    const uint64_t end_bytes = place->data_begin_bytes + tensor->end;
+void stx_py_place_advise(struct stx_py_state *state, const struct stx_py_place *place,
+                         uint64_t begin_bytes, uint64_t end_bytes) {
+    Py_BEGIN_ALLOW_THREADS; /* whoever called keeps the mapping */
     stx_mapping_will_need(place->mapping, begin_bytes, end_bytes);
+    Py_END_ALLOW_THREADS;
     state->counters.requests++;
     state->counters.bytes_read += end_bytes - begin_bytes;
 }
@@ -266,7 +275,9 @@ PyObject *stx_py_tensor_make(struct stx_py_state *state, const struct stx_py_pla
         memory == NULL ? NULL : stx_mapping_bytes(memory) + place->data_begin_bytes + tensor->begin;
     if (state->torch.routes[dtype] == STX_ROUTE_UNKNOWN && probe_route(state, dtype) != 0)
         return NULL;
-    if (place->advise && memory != NULL) advise_tensor(state, place, tensor);
+    if (place->advise && memory != NULL)
+        stx_py_place_advise(state, place, place->data_begin_bytes + tensor->begin,
+                            place->data_begin_bytes + tensor->end);
     PyObject *py_tensor =
         state->torch.routes[dtype] == STX_ROUTE_DIRECT
             ? make_with(state, memory, data, tensor, dlpack_dtype(dtype), dtype == STX_DTYPE_F4)

@@ -36,6 +36,11 @@ struct stx_py_place {
     bool advise; /* cold and sparse: ask for a tensor's pages when it is handed out */
 };
 
+/* Have the system read these bytes of the file while the caller goes on; counted. Gives up the GIL
+ * while it asks, so the caller holds a use of the mapping. */
+void stx_py_place_advise(struct stx_py_state *state, const struct stx_py_place *place,
+                         uint64_t begin_bytes, uint64_t end_bytes);
+
 /* A new tensor over the bytes of `tensor` in `place`. Requires stx_py_tensor_is_native. NULL with
  * an exception. */
 PyObject *stx_py_tensor_make(struct stx_py_state *state, const struct stx_py_place *place,

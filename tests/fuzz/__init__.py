@@ -1,0 +1,1 @@
+"""The differential fuzzer: cases.py and damage.py make files, differential.py compares."""

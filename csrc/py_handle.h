@@ -44,6 +44,11 @@ PyObject *stx_py_handle_tensor(struct stx_py_handle *self, size_t index,
 /* A dict of all kept tensors in file order (py_load.c). NULL with an exception. */
 PyObject *stx_py_handle_load(struct stx_py_handle *self);
 
+/* Open the file at `py_path`, a str, without the GIL meanwhile. 0, or -1 with _C.Refused or what
+ * importing torch raised. */
+int stx_py_source_open(struct stx_py_state *state, struct stx_source *source, PyObject *py_path,
+                       bool ask_cached);
+
 /* _C.open(path, rule, origin) -> handle. Opens natively or raises _C.Refused; what a filter raises
  * comes through as it is. `origin` is the Python object that reaches stock for this file. */
 PyObject *stx_py_handle_open(PyObject *py_module, PyObject *py_arguments);

@@ -4,25 +4,16 @@
  * advised exactly so, then every tensor is made. Makes no reads of its own: the mapping's pages
  * come when they are touched, or were asked for here.
  */
-#include "plan.h"
 #include "py_handle.h"
+#include "py_plan.h"
 #include "py_tensor.h"
-
-/* Reads over a gap of at most a page cost nothing extra: the page is read anyway. */
-#define GAP_BYTES 4096
-#define ALIGN_BYTES 4096
-#define BLOCK_BYTES ((uint64_t)2 << 20)
 
 /* All that is kept of a cold file that is kept in part: have exactly its plan read. */
 static int advise_plan(struct stx_py_handle *self) {
-    const struct stx_plan_input input = {.header = &self->source.header, .keep = self->keep};
-    const struct stx_plan_limits limits = {
-        .gap_bytes = GAP_BYTES, .align_bytes = ALIGN_BYTES, .block_bytes = BLOCK_BYTES};
     struct stx_py_counters *counters = &self->state->counters;
     struct stx_plan plan;
-    struct stx_err err;
     const uint64_t start_ns = stx_py_clock_ns();
-    if (stx_plan_build(&plan, &input, 1, &limits, &err) != STX_OK) return PyErr_NoMemory(), -1;
+    if (stx_py_plan_build(&plan, &self->source.header, self->keep) != 0) return -1;
     counters->plan_ns += stx_py_clock_ns() - start_ns;
     Py_BEGIN_ALLOW_THREADS; /* `busy` keeps the mapping */
     for (size_t i = 0; i < plan.reads_count; i++)

@@ -8,6 +8,7 @@
 
 #include "py_filter.h"
 #include "py_handle.h"
+#include "py_plan.h"
 #include "py_tensor.h"
 
 uint64_t stx_py_clock_ns(void) {
@@ -44,6 +45,9 @@ static PyMethodDef module_methods[] = {
     /* py_open.c */
     {"open", stx_py_handle_open, METH_VARARGS,
      PyDoc_STR("open(path, rule, origin) -> handle; raises Refused")},
+    /* py_plan.c */
+    {"explain", stx_py_plan_explain, METH_VARARGS,
+     PyDoc_STR("explain(path, rule) -> dict; raises Refused")},
     /* py_filter.c */
     {"match_rule", stx_py_filter_match, METH_VARARGS, PyDoc_STR("match_rule(rule, name) -> bool")},
     /* here */

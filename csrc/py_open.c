@@ -36,9 +36,8 @@ static void count_kept(struct stx_py_handle *self) {
  * tenths cached already. */
 static void decide_advice(struct stx_py_handle *self) {
     struct stx_py_counters *counters = &self->state->counters;
-    const uint64_t size_bytes = self->source.identity.size_bytes;
     if (self->keep == NULL) return;
-    const bool warm = self->source.cached_bytes >= size_bytes - size_bytes / 10;
+    const bool warm = stx_source_is_warm(&self->source);
     if (warm) counters->files_warm++;
     if (!warm) counters->files_cold++;
     self->advise = !warm && self->skipped_count != 0;
@@ -90,27 +89,35 @@ static struct stx_py_handle *new_handle(struct stx_py_state *state, struct stx_s
     return self;
 }
 
-PyObject *stx_py_handle_open(PyObject *py_module, PyObject *py_arguments) {
-    struct stx_py_state *state = PyModule_GetState(py_module);
-    struct stx_source source;
+int stx_py_source_open(struct stx_py_state *state, struct stx_source *source, PyObject *py_path,
+                       bool ask_cached) {
     struct stx_err err;
     enum stx_status status;
-    PyObject *py_path, *py_rule, *py_origin;
     Py_ssize_t path_bytes = 0;
-    if (!PyArg_ParseTuple(py_arguments, "UOO:open", &py_path, &py_rule, &py_origin)) return NULL;
-    if (stx_py_err_load(state) != 0 || stx_py_torch_load(state) != 0) return NULL;
+    if (stx_py_err_load(state) != 0 || stx_py_torch_load(state) != 0) return -1;
     const char *path = PyUnicode_AsUTF8AndSize(py_path, &path_bytes);
     if (path == NULL || strlen(path) != (size_t)path_bytes) {
         PyErr_Clear();
         (void)stx_err_set(&err, STX_ERR_UNSUPPORTED, "the path is no UTF-8 or holds NUL");
-        return stx_py_raise_refused(state, &err);
+        (void)stx_py_raise_refused(state, &err);
+        return -1;
     }
-    const uint64_t start_ns = stx_py_clock_ns();
     Py_BEGIN_ALLOW_THREADS;
-    status = stx_source_open(&source, path, py_rule != Py_None, &err);
+    status = stx_source_open(source, path, ask_cached, &err);
     Py_END_ALLOW_THREADS;
+    if (status != STX_OK) (void)stx_py_raise_refused(state, &err);
+    return status == STX_OK ? 0 : -1;
+}
+
+PyObject *stx_py_handle_open(PyObject *py_module, PyObject *py_arguments) {
+    struct stx_py_state *state = PyModule_GetState(py_module);
+    struct stx_source source;
+    PyObject *py_path, *py_rule, *py_origin;
+    if (!PyArg_ParseTuple(py_arguments, "UOO:open", &py_path, &py_rule, &py_origin)) return NULL;
+    const uint64_t start_ns = stx_py_clock_ns();
+    const int opened = stx_py_source_open(state, &source, py_path, py_rule != Py_None);
     state->counters.header_ns += stx_py_clock_ns() - start_ns;
-    if (status != STX_OK) return stx_py_raise_refused(state, &err);
+    if (opened != 0) return NULL;
     state->counters.requests += source.header_reads_count;
     state->counters.bytes_read += source.header_read_bytes;
     struct stx_py_handle *self = new_handle(state, &source, py_origin);

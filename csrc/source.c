@@ -88,3 +88,8 @@ void stx_source_close(struct stx_source *source) {
     stx_mapping_release(source->mapping);
     source->mapping = NULL;
 }
+
+bool stx_source_is_warm(const struct stx_source *source) {
+    const uint64_t size_bytes = source->identity.size_bytes;
+    return source->cached_bytes >= size_bytes - size_bytes / 10;
+}

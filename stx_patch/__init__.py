@@ -22,16 +22,20 @@ from ._patch import is_patched, patch, patched, unpatch
 from ._stats import Stats, reset_stats, stats
 
 if TYPE_CHECKING:
+    from ._explain import Explanation as Explanation
+    from ._explain import explain as explain
     from ._load import load_file as load_file
     from ._safe_open import SafeOpen as safe_open
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Explanation",
     "Stats",
     "StxFilterWarning",
     "StxWarning",
     "TensorKey",
+    "explain",
     "filters",
     "is_patched",
     "load_file",
@@ -45,13 +49,17 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Make `safe_open` and `load_file` when they are first asked for: they need safetensors."""
+    """Make what needs safetensors when it is first asked for."""
     if name == "safe_open":
         from ._safe_open import public_safe_open
 
         value: Any = public_safe_open()
     elif name == "load_file":
         from ._load import load_file as value
+    elif name in ("explain", "Explanation"):
+        from . import _explain
+
+        value = getattr(_explain, name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

@@ -98,7 +98,7 @@ def open_native(
 ) -> Any | None:
     """A native handle, or None after counting why stock is to serve this."""
     path = fspath(filename)
-    reason = _refuse(request.keywords, path, framework, device, backend)
+    reason = refuse(request.keywords, path, framework, device, backend)
     if reason is None:
         assert path is not None
         keywords = {"framework": framework, "device": device, "backend": backend}
@@ -124,7 +124,7 @@ def fspath(filename: Any) -> str | None:
     return str.__str__(filename) if isinstance(filename, str) else None
 
 
-def _refuse(
+def refuse(
     keywords: dict[str, Any], path: str | None, framework: Any, device: Any, backend: Any
 ) -> str | None:
     """Why a call is not ours, or None."""

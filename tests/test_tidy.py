@@ -30,7 +30,7 @@ LAYERS = [
     ("file", "mapping", "source"),
     ("py_state", "py_err", "py_args", "py_names"),
     ("py_tensor", "py_filter"),
-    ("py_slice", "py_handle", "py_load", "py_open"),
+    ("py_slice", "py_handle", "py_load", "py_open", "py_plan"),
     ("py_module",),
 ]
 LAYER_OF = {stem: number for number, stems in enumerate(LAYERS) for stem in stems}

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`explain()`: what a load would do, without doing it.
+
+It goes the way of a load up to the plan: header, filter, plan. No tensor's byte is read, and
+nothing of it is counted in `stats()`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from . import _filter, _native, _origin, _stock
+from ._safe_open import Request, fspath, refuse
+
+_HOW = {
+    "warm": "in the page cache: nothing is asked of the system",
+    "whole": "read as it is used, with the system's own read-ahead",
+    "exact": "exactly the reads of the plan are asked for",
+    "stock": "safetensors decides",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """A run of kept tensors of a file: offsets in the file, and how many tensors lie there."""
+
+    begin_bytes: int
+    end_bytes: int
+    tensors: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FileExplanation:
+    """What a load would do with one file.
+
+    Attributes:
+        filename: the file.
+        native: whether our core would serve it; `reason` says why not.
+        policy: "warm", "whole", "exact" or "stock"; `str()` has a sentence for each.
+        tensors_kept, tensors_skipped: header entries, by the filter's decision.
+        bytes_kept, bytes_skipped: their sizes.
+        tensors_by_stock: kept tensors that stock would make: all, where the file is stock's.
+        spans: runs of kept tensors; empty where the file is stock's.
+        reads: requests that read everything that is kept, the header's included.
+        bytes_expected: their sizes. What the page cache holds of them costs no I/O.
+        bytes_cached: what the page cache holds of the file now; 0 where the system does not tell.
+        size_bytes: the file's size.
+    """
+
+    filename: str
+    native: bool
+    reason: str | None
+    policy: str
+    tensors_kept: int
+    tensors_skipped: int
+    bytes_kept: int
+    bytes_skipped: int
+    tensors_by_stock: int
+    spans: tuple[Span, ...]
+    reads: int | None
+    bytes_expected: int | None
+    bytes_cached: int | None
+    size_bytes: int | None
+
+    def __str__(self) -> str:
+        served = "native" if self.native else f"by safetensors ({self.reason})"
+        tensors = self.tensors_kept + self.tensors_skipped
+        total_bytes = self.bytes_kept + self.bytes_skipped
+        lines = [
+            f"{self.filename}: {served}; {_HOW[self.policy]}",
+            f"  kept     {_tensors(self.tensors_kept)} of {tensors:,},"
+            f" {_size(self.bytes_kept)} of {_size(total_bytes)}",
+            f"  skipped  {_tensors(self.tensors_skipped)}, {_size(self.bytes_skipped)}",
+        ]
+        if self.native and self.tensors_by_stock:
+            lines.append(
+                f"  of these {_tensors(self.tensors_by_stock)} would be made by safetensors"
+            )
+        if self.bytes_expected is not None:
+            lines.append(
+                f"  to read  {_size(self.bytes_expected)} with the header:"
+                f" {_count(self.reads, 'read')} of {_count(len(self.spans), 'span')};"
+                f" in the page cache now: {_size(self.bytes_cached or 0)}"
+            )
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What a load would do: `files`, and sums over them. `str()` is for people."""
+
+    files: tuple[FileExplanation, ...]
+
+    @property
+    def native(self) -> bool:
+        """Whether our core would serve every file."""
+        return all(file.native for file in self.files)
+
+    @property
+    def tensors_kept(self) -> int:
+        return sum(file.tensors_kept for file in self.files)
+
+    @property
+    def tensors_skipped(self) -> int:
+        return sum(file.tensors_skipped for file in self.files)
+
+    @property
+    def bytes_kept(self) -> int:
+        return sum(file.bytes_kept for file in self.files)
+
+    @property
+    def bytes_skipped(self) -> int:
+        return sum(file.bytes_skipped for file in self.files)
+
+    @property
+    def reads(self) -> int:
+        """Requests of the native files."""
+        return sum(file.reads or 0 for file in self.files)
+
+    @property
+    def bytes_expected(self) -> int:
+        """What the native files' requests read."""
+        return sum(file.bytes_expected or 0 for file in self.files)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        lines = [str(file) for file in self.files]
+        if len(self.files) != 1:
+            native = sum(file.native for file in self.files)
+            lines.append(
+                f"total: {_count(len(self.files), 'file')}, {native} native;"
+                f" {_tensors(self.tensors_kept)} kept, {_size(self.bytes_kept)};"
+                f" {_size(self.bytes_expected)} to read in {_count(self.reads, 'read')}"
+            )
+        return "\n".join(lines)
+
+
+def explain(
+    filename: str | os.PathLike[str] | list[str | os.PathLike[str]],
+    tensor_filter: _filter.TensorFilter = None,
+    device: str | int = "cpu",
+    *,
+    framework: str = "pt",
+    backend: str = "mmap",
+    include_keys: Iterable[str] | None = None,
+) -> Explanation:
+    """Say what loading a file, or each file of a list, would do; read headers and nothing else.
+
+    Args:
+        filename: path of a file, or a list of them.
+        tensor_filter: as for `load_file`; the filter of `patch()`, if one is in force, also counts.
+        device: as for `load_file`.
+        framework: as for `safe_open`.
+        backend: "mmap" or "pread".
+        include_keys: exact names, instead of `tensor_filter`.
+
+    Raises:
+        FileNotFoundError, OSError, SafetensorError: what loading the file raises.
+        TypeError, ValueError: a filter that is none, or contradictory keywords.
+    """
+    _stock.take()
+    own = {"tensor_filter": tensor_filter, "include_keys": include_keys}
+    filenames = filename if isinstance(filename, list) else [filename]
+    return Explanation(
+        tuple(
+            _explain_file(Request(True, (), dict(own)), one, framework, device, backend)
+            for one in filenames
+        )
+    )
+
+
+def _explain_file(
+    request: Request, filename: Any, framework: Any, device: Any, backend: Any
+) -> FileExplanation:
+    path = fspath(filename)
+    reason = refuse({}, path, framework, device, backend)
+    if reason is None:
+        assert path is not None
+        try:
+            return _from_core(path, _native.core.explain(path, request.rule))
+        except _native.core.Refused as refusal:
+            reason = f"file refused ({refusal.args[0]})"
+    return _by_stock(request, filename, framework, device, backend, reason)
+
+
+def _from_core(path: str, told: dict[str, Any]) -> FileExplanation:
+    skipped = told["tensors"] - told["tensors_kept"]
+    data_bytes = told["data_bytes"]
+    policy = "warm" if told["warm"] else "exact" if skipped else "whole"
+    return FileExplanation(
+        filename=path,
+        native=True,
+        reason=None,
+        policy=policy,
+        tensors_kept=told["tensors_kept"],
+        tensors_skipped=skipped,
+        bytes_kept=told["bytes_kept"],
+        bytes_skipped=data_bytes - told["bytes_kept"],
+        tensors_by_stock=told["tensors_foreign"],
+        spans=tuple(Span(*span) for span in told["spans"]),
+        reads=told["header_reads"] + told["reads"],
+        bytes_expected=told["header_read_bytes"] + told["bytes_read"],
+        bytes_cached=told["cached_bytes"],
+        size_bytes=told["file_bytes"],
+    )
+
+
+def _by_stock(
+    request: Request, filename: Any, framework: Any, device: Any, backend: Any, reason: str
+) -> FileExplanation:
+    """The same of a file that stock would serve, or stock's error for it."""
+    keywords = {"framework": framework, "device": device, "backend": backend}
+    known = {name: keywords[name] for name in keywords if name in _stock.parameters}
+    with _stock.bypass():
+        handle = _stock.safe_open(filename, **known)
+    path = fspath(filename)
+    with handle:
+        names = handle.keys()
+        sizes = {name: _size_of(handle.get_slice(name)) for name in names}
+        kept = names if request.rule is None else _origin.keep_names(handle, request.rule, path)
+    kept_bytes = sum(sizes[name] for name in kept)
+    return FileExplanation(
+        filename=str(path),
+        native=False,
+        reason=reason,
+        policy="stock",
+        tensors_kept=len(kept),
+        tensors_skipped=len(names) - len(kept),
+        bytes_kept=kept_bytes,
+        bytes_skipped=sum(sizes.values()) - kept_bytes,
+        tensors_by_stock=len(kept),
+        spans=(),
+        reads=None,
+        bytes_expected=None,
+        bytes_cached=None,
+        size_bytes=None,
+    )
+
+
+def _size_of(entry: Any) -> int:
+    return _origin.count_bytes(entry.get_dtype(), entry.get_shape())
+
+
+def _size(size_bytes: int) -> str:
+    """Decimal units, as file managers and disks have them."""
+    if size_bytes < 1000:
+        return _count(size_bytes, "byte")
+    for unit in ("kB", "MB", "GB"):
+        size = size_bytes / 10 ** {"kB": 3, "MB": 6, "GB": 9}[unit]
+        if size < 999.95 or unit == "GB":
+            break
+    return f"{size:,.1f} {unit}"
+
+
+def _count(count: int | None, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _tensors(count: int) -> str:
+    return _count(count, "tensor")

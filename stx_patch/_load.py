@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`load_file` and `load`: what takes the place of safetensors.torch's functions, and our own.
+"""`load_file` and `load`: what takes the place of safetensors' functions, and our own.
 
 The stand-ins are plain functions that name themselves as stock's, so that they pickle by name.
 """
@@ -90,9 +90,9 @@ def _load_file(
 
 
 def _load_file_stock(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
-    _stock.take_torch()
+    stock = _stock.function(_stock.TORCH, "load_file")
     with _stock.bypass():
-        tensors: dict[str, Any] = _stock.load_file(*arguments, **_known(keywords))
+        tensors: dict[str, Any] = stock(*arguments, **_known(keywords))
         return tensors
 
 
@@ -118,11 +118,12 @@ def _load_filtered_stock(
         return tensors
 
 
-def _load_bytes(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
-    """The body of the stand-in of `safetensors.torch.load`: stock's values, our filter."""
-    _stock.take_torch()
+def _load_bytes(home: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
+    """The body of the stand-ins of `load`: stock's values, our filter."""
     entry = None if _stock.is_bypassed() else _patch.current()
-    tensors: dict[str, Any] = _stock.load(*arguments, **keywords)
+    stock = _stock.function(home, "load")
+    with _stock.bypass():  # one home's load may call another's
+        tensors: dict[str, Any] = stock(*arguments, **keywords)
     if entry is None:
         return tensors
     _stats.count_fallback("load(bytes)")
@@ -143,10 +144,15 @@ def _keep_items(rule: _filter.Rule, data: bytes) -> frozenset[str]:
     header_bytes = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + header_bytes])
     header.pop("__metadata__", None)
+    entries = []
+    for name, entry in header.items():
+        if isinstance(entry, dict):  # stock also takes the fields as an array, in this order
+            entry = entry["dtype"], entry["shape"], entry["data_offsets"]
+        dtype, shape, (begin, end) = entry
+        entries.append((begin, end, name, dtype, tuple(shape)))
     kept = []
-    for name, entry in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
-        begin, end = entry["data_offsets"]
-        key = _filter.TensorKey(name, entry["dtype"], tuple(entry["shape"]), end - begin, None)
+    for begin, end, name, dtype, shape in sorted(entries, key=lambda entry: entry[:2]):
+        key = _filter.TensorKey(name, dtype, shape, end - begin, None)
         if _filter.matches(rule, key):
             kept.append(name)
     return frozenset(kept)
@@ -163,20 +169,18 @@ def _disguise(stand_in: Callable[..., Any], stock: Callable[..., Any]) -> Callab
 @functools.cache
 def load_file_stand_in() -> Callable[..., Any]:
     """What `patch()` installs as `safetensors.torch.load_file`. One object for the process."""
-    _stock.take_torch()
 
     def load_file(*arguments: Any, **keywords: Any) -> dict[str, Any]:
         return _load_file(False, arguments, keywords)
 
-    return _disguise(load_file, _stock.load_file)
+    return _disguise(load_file, _stock.function(_stock.TORCH, "load_file"))
 
 
 @functools.cache
-def load_stand_in() -> Callable[..., Any]:
-    """What `patch()` installs as `safetensors.torch.load`. One object for the process."""
-    _stock.take_torch()
+def load_stand_in(home: str) -> Callable[..., Any]:
+    """What `patch()` installs as the `load` of one of FRAMEWORKS. One object each."""
 
     def load(*arguments: Any, **keywords: Any) -> dict[str, Any]:
-        return _load_bytes(arguments, keywords)
+        return _load_bytes(home, arguments, keywords)
 
-    return _disguise(load, _stock.load)
+    return _disguise(load, _stock.function(home, "load"))

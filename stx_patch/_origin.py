@@ -2,7 +2,8 @@
 """How a handle reaches stock: the handle that stock opens for the same call, held to a filter.
 
 `Origin` belongs to a native handle and opens stock only when something is asked that the core does
-not serve. `FilteredHandle` stands before a stock handle wherever a filter is in force.
+not serve. `FilteredHandle` stands before a stock handle wherever a filter is in force, and where
+`stx_patch.safe_open` owes methods that stock's handle lacks.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ _BITS = {
 class Origin:
     """The call that opened a native handle, and the way back to stock.
 
+    `arguments` and `keywords` are stock's, behind the path.
+
     Attributes:
         identity: (device, inode, size_bytes, mtime_ns) of the file, set by the core.
     """
@@ -30,7 +33,7 @@ class Origin:
     __slots__ = ("_arguments", "_keywords", "_path", "_stock_handle", "identity")
 
     def __init__(self, path: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        self._path = path
+        self._path = _absolute(path)  # somebody may change the directory
         self._arguments = arguments
         self._keywords = keywords
         self._stock_handle: Any = None
@@ -85,13 +88,16 @@ class Origin:
     def _stock(self) -> Any:
         """The stock handle of the file that was opened; SafetensorError if it is another now."""
         if self._stock_handle is None:
-            before = self._current_identity()
+            self._check_identity()
             with _stock.bypass():
-                opened = _stock.safe_open(*self._arguments, **self._keywords)
-            if not (before == self.identity == self._current_identity()):
-                raise _stock.SafetensorError(f"{self._path} has changed since it was opened")
+                opened = _stock.safe_open(self._path, *self._arguments, **self._keywords)
+            self._check_identity()
             self._stock_handle = opened
         return self._stock_handle
+
+    def _check_identity(self) -> None:
+        if self._current_identity() != self.identity:
+            raise _stock.SafetensorError(f"{self._path} has changed since it was opened")
 
     def _current_identity(self) -> tuple[int, int, int, int] | None:
         try:
@@ -99,6 +105,16 @@ class Origin:
         except OSError:
             return None
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _absolute(path: str) -> str:
+    """Without normalising: `..` behind a symbolic link is not what the text says."""
+    if os.path.isabs(path):
+        return path
+    try:
+        return os.path.join(os.getcwd(), path)
+    except OSError:  # the directory is gone, and nothing can be opened in it
+        return path
 
 
 class FilteredHandle:
@@ -183,6 +199,9 @@ class FilteredHandle:
             return self._narrow_meta(found)
         return found
 
+    def __repr__(self) -> str:
+        return f"<builtins.safe_open object at {id(self):#x}>"
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._handle.__reduce_ex__(protocol)  # TypeError
 
@@ -205,21 +224,26 @@ class FilteredHandle:
 
     def _check(self, name: object) -> None:
         if isinstance(name, str) and name in self._left_out:
+            self._handle.keys()  # a closed handle says so first
             raise _stock.SafetensorError(
                 f"File does not contain tensor {name} (left out by tensor_filter)"
             )
 
 
-def narrow(handle: Any, rule: _filter.Rule | None, filename: str | None) -> Any:
+# Python's own errors name the class.
+FilteredHandle.__name__ = "builtins.safe_open"
+
+
+def narrow(handle: Any, rule: _filter.Rule | None, filename: str | None) -> FilteredHandle:
     """`handle` of stock, behind `rule`, which is asked about each name once, in file order."""
-    if rule is None:
-        return handle
     return FilteredHandle(handle, keep_names(handle, rule, filename))
 
 
-def keep_names(handle: Any, rule: _filter.Rule, filename: str | None) -> list[str]:
+def keep_names(handle: Any, rule: _filter.Rule | None, filename: str | None) -> list[str]:
     """The names of a stock handle that `rule` keeps, in file order."""
-    in_file_order = getattr(handle, "offset_keys", handle.keys)()  # none before safetensors 0.6
+    in_file_order: list[str] = getattr(handle, "offset_keys", handle.keys)()  # 0.5 has none
+    if rule is None:
+        return in_file_order
     kept = []
     for name in in_file_order:
         entry = handle.get_slice(name)

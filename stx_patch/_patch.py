@@ -4,11 +4,11 @@
 What is in force is a list of entries, one of `patch()` and one of each `patched()` block; the
 youngest counts, whole. The first entry installs, the last one's removal restores.
 
-Installing sweeps the namespaces of all imported modules, the *homes* safetensors and
-safetensors.torch among them, for names that are bound to an original, by identity. Every change
-goes on one undo stack; undoing walks back and restores only what is still ours, and gives modules
-that were imported meanwhile the originals. A home that is not imported yet is bound when it is: a
-hook waits for it, nothing is imported for its sake.
+Installing sweeps the namespaces of all imported modules, the *homes* safetensors, safetensors.torch
+and those of the other frameworks among them, for names that are bound to an original, by identity.
+Every change goes on one undo stack; undoing walks back and restores only what is still ours, and
+gives modules that were imported meanwhile the originals. A home that is not imported yet is bound
+when it is: a hook waits for it, nothing is imported for its sake.
 """
 
 from __future__ import annotations
@@ -114,8 +114,10 @@ def patched(tensor_filter: _filter.TensorFilter = None) -> Iterator[_stats.Repor
     entry = Entry(_filter.make_rule(tensor_filter))
     report = _stats.Report()
     if _is_disabled():
-        yield report
-        report._finish()
+        try:
+            yield report
+        finally:
+            report._finish()
         return
     _warn_once_without_extension()
     with _lock:
@@ -178,25 +180,14 @@ def _replacements() -> dict[str, list[tuple[Any, Any]]]:
         homes["safetensors"] = [(_stock.safe_open, _safe_open.stand_in())]
         if _stock.PySafeSlice is not None:
             homes["safetensors"].append((_stock.PySafeSlice, _safe_open.slice_stand_in()))
-    if _stock.is_executed("safetensors.torch", "load"):
-        _stock.take_torch()
-        homes["safetensors.torch"] = [
-            *_pairs("load_file", _load.load_file_stand_in()),
-            *_pairs("load", _load.load_stand_in()),
-        ]
+    for home in _stock.FRAMEWORKS:
+        if _stock.is_executed(home, "load"):
+            originals = _stock.known_functions(home, "load")
+            homes[home] = [(original, _load.load_stand_in(home)) for original in originals]
+    if _stock.TORCH in homes:
+        originals = _stock.known_functions(_stock.TORCH, "load_file")
+        homes[_stock.TORCH] += [(original, _load.load_file_stand_in()) for original in originals]
     return homes
-
-
-def _pairs(name: str, ours: Any) -> list[tuple[Any, Any]]:
-    """A function of safetensors.torch as we took it and, after a reload, as it is now."""
-    known = getattr(_stock, name)
-    namespace = _stock.namespace_of("safetensors.torch")
-    present = namespace[name]
-    is_reloaded = present is not known and getattr(present, "__globals__", None) is namespace
-    if not is_reloaded:  # what somebody else has put there is theirs
-        return [(known, ours)]
-    setattr(_stock, name, present)
-    return [(known, ours), (present, ours)]
 
 
 def _install(again: bool = False) -> None:
@@ -263,7 +254,7 @@ def _restore() -> None:
 class _ImportHook(importlib.abc.MetaPathFinder):
     """Lets the other finders find a home, and binds it right after it was executed."""
 
-    _homes = frozenset(("safetensors", "safetensors.torch"))
+    _homes = frozenset(("safetensors", *_stock.FRAMEWORKS))
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -103,7 +103,7 @@ def open_native(
         assert path is not None
         keywords = {"framework": framework, "device": device, "backend": backend}
         known = {name: keywords[name] for name in keywords if name in _stock.parameters}
-        origin = _origin.Origin(path, (filename,), known)
+        origin = _origin.Origin(path, (), known)
         try:
             return _native.core.open(path, request.rule, origin)
         except _native.core.Refused as refusal:
@@ -171,6 +171,8 @@ def _open_stock(request: Request) -> Any:
     """Stock's handle, or stock's exception, for the same arguments; behind the filter."""
     with _stock.bypass():
         handle = _stock.safe_open(*request.arguments, **request.keywords)
+    if request.rule is None and not request.public:
+        return handle
     filename = request.arguments[0] if request.arguments else request.keywords.get("filename")
     return _origin.narrow(handle, request.rule, fspath(filename))
 
@@ -200,6 +202,14 @@ def _check_strict(request: Request, handle: Any, filename: Any) -> None:
 # --- the class ---
 
 
+def _is_instance(cls: type, instance: object) -> bool:
+    """As isinstance() has it: by the type, else by what `__class__` says."""
+    if issubclass(type(instance), cls):
+        return True
+    claimed = getattr(instance, "__class__", None)
+    return isinstance(claimed, type) and issubclass(claimed, cls)
+
+
 class _Meta(type):
     """Makes a class look like stock's from outside and decide per call who serves it."""
 
@@ -209,7 +219,7 @@ class _Meta(type):
         return _open(cls._stx_public, arguments, keywords)
 
     def __instancecheck__(cls, instance: object) -> bool:
-        return cls.__subclasscheck__(type(instance))
+        return _is_instance(cls, instance)
 
     def __subclasscheck__(cls, subclass: type) -> bool:
         native = () if _native.core is None else (_native.core.Handle,)
@@ -231,7 +241,7 @@ class _SliceMeta(type):
         return _stock.PySafeSlice(*arguments, **keywords)
 
     def __instancecheck__(cls, instance: object) -> bool:
-        return cls.__subclasscheck__(type(instance))
+        return _is_instance(cls, instance)
 
     def __subclasscheck__(cls, subclass: type) -> bool:
         native = () if _native.core is None else (_native.core.Slice,)

@@ -94,13 +94,13 @@ class Report:
         return repr(self.stats())
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # an allocation under it may run a finaliser that counts
 
 
 def _renew_lock() -> None:
     """In a forked child: the thread that may have held it is not there."""
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The originals: what safetensors itself provides, taken before anything is replaced.
 
-Values are None until `take` or `take_torch` ran. Callers read them as attributes of this module at
-call time. Nothing here imports safetensors before it is needed.
+Values are None until `take` ran. Callers read them as attributes of this module at call time.
+Nothing here imports safetensors before it is needed.
 """
 
 from __future__ import annotations
@@ -12,41 +12,66 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 safe_open: Any = None
 SafetensorError: Any = None
 PySafeSlice: Any = None  # exported by safetensors >= 0.9 only
 parameters: frozenset[str] = frozenset()  # of safe_open
-load_file: Any = None
-load: Any = None
+
+TORCH = "safetensors.torch"
+FRAMEWORKS = (
+    TORCH,
+    "safetensors.numpy",
+    "safetensors.flax",
+    "safetensors.tensorflow",
+    "safetensors.mlx",
+    "safetensors.paddle",
+)
+_functions: dict[tuple[str, str], Any] = {}  # (home, name) -> the function
 
 _bypass = threading.local()
 
 
 def take() -> None:
-    """Take the originals of `safetensors`, importing it. ImportError where it is missing."""
+    """Take the originals of `safetensors`, importing it. ImportError where it is missing.
+
+    They are taken where they are defined: what `safetensors` itself has bound to their names may be
+    somebody's wrapper.
+    """
     global safe_open, SafetensorError, PySafeSlice, parameters
     if safe_open is not None:
         return
     import inspect
 
-    module = _find("safetensors", "safe_open")
+    module = _find("safetensors._safetensors_rust", "safe_open")
     parameters = frozenset(inspect.signature(module.safe_open).parameters)
     SafetensorError = module.SafetensorError
     PySafeSlice = getattr(module, "PySafeSlice", None)
     safe_open = module.safe_open
 
 
-def take_torch() -> None:
-    """Take the originals of `safetensors.torch`, importing it and torch."""
-    global load_file, load
+def function(home: str, name: str) -> Any:
+    """The original of a function of one of FRAMEWORKS, importing that where it was not yet."""
     take()
-    if load_file is not None:
-        return
-    module = _find("safetensors.torch", "load")
-    load = module.load
-    load_file = module.load_file
+    if (home, name) not in _functions:
+        _functions[home, name] = getattr(_find(home, name), name)
+    return _functions[home, name]
+
+
+def known_functions(home: str, name: str) -> list[Any]:
+    """The original of an executed home's function as it was taken and, after a reload, as it is
+    now, which `function` gives from then on. What somebody else has put there is theirs."""
+    known = function(home, name)
+    present = namespace_of(home)[name]
+    if _is_defined_in(present, home):
+        _functions[home, name] = present
+    return [found for found in (known, present) if _is_defined_in(found, home)]
+
+
+def _is_defined_in(found: object, home: str) -> bool:
+    return isinstance(found, FunctionType) and found.__globals__.get("__name__") == home
 
 
 def _find(name: str, attribute: str) -> Any:

@@ -36,6 +36,7 @@ HOMES = [
     (safetensors.torch, "safe_open", STOCK.safe_open),
     (safetensors.torch, "load_file", STOCK.load_file),
     (safetensors.torch, "load", STOCK.load),
+    (safetensors.numpy, "load", safetensors.numpy.load),
     (safetensors.numpy, "safe_open", STOCK.safe_open),
 ]
 if hasattr(safetensors, "PySafeSlice"):  # from safetensors 0.9 on

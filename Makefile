@@ -10,7 +10,7 @@ VENV := .venv/bin
 SET_UP := PYTHON='$(PYTHON)' tools/setup.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-next upstream lint bench clean distclean
+.PHONY: help demo test test-next upstream fuzz san analyze lint bench clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -19,9 +19,10 @@ demo: ## set up, then load a real model twice, stock and patched, and compare
 	@$(SET_UP)
 	@$(VENV)/python benchmarks/demo.py
 
-test: ## set up with warnings as errors, then lint, upstream, test-next, every test
+test: ## set up with warnings as errors, then then run all of the following and every test
 	@STX_WERROR=1 $(SET_UP)
 	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory analyze fuzz san SAN_TESTS='$(SAN_IN_CI)'
 	@$(MAKE) --no-print-directory upstream test-next
 	@$(VENV)/python -m pytest $(PYTEST_ARGS)
 
@@ -35,6 +36,23 @@ test-next: ## the tests of being a drop-in, against the next safetensors
 upstream: ## safetensors' own tests, with and without the patch, of two versions
 	@$(SET_UP) with-upstream
 	@$(VENV)/python tools/upstream.py run
+
+FUZZ_SECONDS := 60
+fuzz: ## damaged files against stock, then libFuzzer on the header parser
+	@$(SET_UP) with-clang
+	@$(VENV)/python tests/fuzz/differential.py --seeds 1 2 3 4 5 --cases 10000
+	@$(VENV)/python tools/fuzz.py $(FUZZ_SECONDS)
+
+SAN_TESTS ?=
+SAN_IN_CI := parity slices threads core_cases explain differential
+SAN_IN_CI := $(SAN_IN_CI:%=tests/test_%.py)
+san: ## the tests with the extension under ASan and UBSan
+	@$(SET_UP)
+	@tools/san.sh $(SAN_TESTS)
+
+analyze: ## clang-tidy's view of the C code
+	@$(SET_UP) with-clang
+	@$(VENV)/python tools/analyze.py
 
 lint: ## style and types of the Python code, style of the C code
 	@$(SET_UP) no-build

@@ -33,7 +33,7 @@ constexpr size_t depth_max = 16;
 /* Small enough that text, tape and strings of a piece stay in the second-level cache. The fuzzer
  * makes it tiny, to see pieces in short headers. */
 #ifndef STX_JSON_PIECE_BYTES
-#define STX_JSON_PIECE_BYTES (64 * 1024)
+#define STX_JSON_PIECE_BYTES 65536
 #endif
 constexpr size_t piece_bytes = STX_JSON_PIECE_BYTES;
 

@@ -1,4 +1,5 @@
-"""Proves: the C core by itself; each program of tests/c runs as one case, under ASan and UBSan."""
+"""Proves: the C core by itself; each program of tests/c runs as one case, under ASan and UBSan, and
+as another under TSan."""
 
 import os
 import shutil
@@ -11,11 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = sorted((ROOT / "tests" / "c").glob("test_*.c"))
 CORE = sorted(path for path in (ROOT / "csrc").glob("*.c") if not path.name.startswith("py_"))
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
-SANITIZE = ["-g", "-O1", "-UNDEBUG", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZERS = ["address,undefined", "thread"]
 SKIPPED = 77
-
-# Programs with threads, and what of the core they need: these run under TSan as well.
-THREADED = {"test_mapping": ("mapping", "file", "err")}
 
 
 def compile_with(compiler, *arguments):
@@ -23,11 +21,15 @@ def compile_with(compiler, *arguments):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture(scope="session")
-def core(tmp_path_factory):
-    """The core as a static library, without the Python binding."""
+def sanitize(sanitizer):
+    return ["-g", "-O1", "-UNDEBUG", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+
+
+@pytest.fixture(scope="session", params=SANITIZERS)
+def core(request, tmp_path_factory):
+    """A sanitizer, and the core under it: a static library, without the Python binding."""
     folder = tmp_path_factory.mktemp("core")
-    flags = [*WARNINGS, *SANITIZE, "-I", ROOT / "csrc"]
+    flags = [*WARNINGS, *sanitize(request.param), "-I", ROOT / "csrc"]
     for source in CORE:
         target = folder / f"{source.stem}.o"
         compile_with("gcc", "-std=c11", "-D_GNU_SOURCE", *flags, "-c", source, "-o", target)
@@ -36,17 +38,21 @@ def core(tmp_path_factory):
     compile_with("g++", *cpp, "-c", source, "-o", target)
     library = folder / "libcore.a"
     subprocess.run(["ar", "rcs", library, *sorted(folder.glob("*.o"))], check=True)
-    return library
+    return request.param, library
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
 def test_program(core, tmp_path, program):
+    sanitizer, library = core
     binary = tmp_path / program.stem
-    flags = ["-std=c11", "-D_GNU_SOURCE", *WARNINGS, *SANITIZE]
+    flags = ["-std=c11", "-D_GNU_SOURCE", *WARNINGS, *sanitize(sanitizer)]
     folders = ["-I", ROOT / "csrc", "-I", ROOT / "tests" / "c"]
-    libraries = [core, "-lsimdjson", "-lstdc++", "-lpthread"]
+    libraries = [library, "-lsimdjson", "-lstdc++", "-lpthread"]
     compile_with("gcc", *flags, *folders, program, *libraries, "-o", binary)
-    run(binary, ASAN_OPTIONS="detect_leaks=1")
+    if sanitizer == "thread":  # of this age it cannot live with the widest randomised addresses
+        run("setarch", "-R", binary)
+    else:
+        run(binary, ASAN_OPTIONS="detect_leaks=1")
 
 
 def run(*command, **environment):
@@ -57,18 +63,6 @@ def run(*command, **environment):
     if done.returncode == SKIPPED:
         pytest.skip(done.stderr.strip() or "the kernel lacks it")
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.mark.parametrize("name", THREADED)
-def test_program_has_no_races(tmp_path, name):
-    binary = tmp_path / name
-    sources = [ROOT / "csrc" / f"{stem}.c" for stem in THREADED[name]]
-    flags = ["-std=c11", "-D_GNU_SOURCE", *WARNINGS, "-g", "-O1", "-UNDEBUG", "-fsanitize=thread"]
-    folders = ["-I", ROOT / "csrc", "-I", ROOT / "tests" / "c"]
-    program = ROOT / "tests" / "c" / f"{name}.c"
-    compile_with("gcc", *flags, *folders, program, *sources, "-lpthread", "-o", binary)
-    # TSan of this age cannot live with the widest randomised addresses: without them it always can.
-    run("setarch", "-R", binary)
 
 
 def test_there_are_programs_and_a_compiler():

@@ -4,6 +4,7 @@
 #   tools/setup.sh                 all of it
 #   tools/setup.sh no-build        without the extension
 #   tools/setup.sh with-upstream   and safetensors' own tests
+#   tools/setup.sh with-clang      and clang with libFuzzer, and clang-tidy
 #
 # Each step says what it does and is skipped when it was done before with the same inputs: their
 # hashes are kept in .stamps/. System packages are installed by apt-get, as root or through sudo;
@@ -49,10 +50,18 @@ missing_packages() {
 os.stat(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || echo "$name-dev"
 }
 
-system_step() {
+# The same for what fuzzing and analysis need.
+missing_clang() {
+    command -v clang++ >/dev/null || echo clang
+    echo 'int LLVMFuzzerTestOneInput(void) { return 0; }' |
+        clang -fsanitize=fuzzer -x c - -o /dev/null 2>/dev/null || echo libclang-rt-dev
+    command -v clang-tidy >/dev/null || echo clang-tidy
+}
+
+system_step() { # $1: what prints the packages that are missing
     [ "$(uname -s)" = Linux ] || return 0 # no extension is built there
     local missing
-    missing=$(missing_packages | xargs)
+    missing=$("$1" | xargs)
     if [ -z "$missing" ]; then return; fi
     if ! command -v apt-get >/dev/null; then
         stop "install what Debian calls $missing with this system's package manager, then try again"
@@ -69,7 +78,7 @@ system_step() {
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
         apt-get install -y -qq --no-install-recommends $missing >/dev/null ||
         stop "apt-get could not install: $missing"
-    missing=$(missing_packages | xargs)
+    missing=$("$1" | xargs)
     if [ -n "$missing" ]; then
         stop "installed, but still not found: $missing (is $python the system's Python?)"
     fi
@@ -141,12 +150,17 @@ if [ -n "${PYTHON:-}" ] && [ -x "$venv_python" ]; then
 fi
 
 venv=$(venv_hash)
+if [ "${1:-}" = with-clang ] && [ "$(stamp clang)" != "$venv" ]; then
+    did_nothing=
+    system_step missing_clang
+    printf '%s\n' "$venv" >.stamps/clang
+fi
 upstream=$(cat tools/upstream.py requirements-dev.txt | hash_of_input)
 build=$(build_hash "$venv")
 did_nothing=yes
 if [ "$(stamp venv)" != "$venv" ] || [ ! -x "$venv_python" ]; then
     did_nothing=
-    system_step
+    system_step missing_packages
     venv_step "$venv"
 fi
 if [ "${1:-}" = with-upstream ] && [ "$(stamp upstream)" != "$upstream" ]; then
@@ -155,7 +169,7 @@ if [ "${1:-}" = with-upstream ] && [ "$(stamp upstream)" != "$upstream" ]; then
 fi
 if [ "${1:-}" != no-build ] && ! build_is_current "$build"; then
     did_nothing=
-    system_step
+    system_step missing_packages
     build_step "$build"
 fi
 [ -n "$did_nothing" ] || say "done in $((SECONDS - first_second)) s"

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = sorted((ROOT / "tests" / "c").glob("test_*.c"))
 CORE = sorted(path for path in (ROOT / "csrc").glob("*.c") if not path.name.startswith("py_"))
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
+FUZZ = ROOT / "tests" / "fuzz"
 SANITIZERS = ["address,undefined", "thread"]
 SKIPPED = 77
 
@@ -43,16 +44,30 @@ def core(request, tmp_path_factory):
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
 def test_program(core, tmp_path, program):
-    sanitizer, library = core
-    binary = tmp_path / program.stem
-    flags = ["-std=c11", "-D_GNU_SOURCE", *WARNINGS, *sanitize(sanitizer)]
-    folders = ["-I", ROOT / "csrc", "-I", ROOT / "tests" / "c"]
-    libraries = [library, "-lsimdjson", "-lstdc++", "-lpthread"]
-    compile_with("gcc", *flags, *folders, program, *libraries, "-o", binary)
+    sanitizer, _ = core
+    binary = compile_program(core, tmp_path, program)
     if sanitizer == "thread":  # of this age it cannot live with the widest randomised addresses
         run("setarch", "-R", binary)
     else:
         run(binary, ASAN_OPTIONS="detect_leaks=1")
+
+
+def compile_program(core, tmp_path, *sources):
+    sanitizer, library = core
+    binary = tmp_path / sources[0].stem
+    flags = ["-std=c11", "-D_GNU_SOURCE", *WARNINGS, *sanitize(sanitizer)]
+    folders = ["-I", ROOT / "csrc", "-I", ROOT / "tests" / "c"]
+    libraries = [library, "-lsimdjson", "-lstdc++", "-lpthread"]
+    compile_with("gcc", *flags, *folders, *sources, *libraries, "-o", binary)
+    return binary
+
+
+def test_what_fuzzing_kept(core, tmp_path):
+    """Each kept input of the fuzzer goes through its target once."""
+    inputs = sorted((FUZZ / "corpus").iterdir())
+    assert len(inputs) >= 100
+    binary = compile_program(core, tmp_path, FUZZ / "fuzz_header.c", FUZZ / "replay.c")
+    run("setarch", "-R", binary, *inputs)
 
 
 def run(*command, **environment):

@@ -5,8 +5,8 @@
 
 Starts from the inputs kept in tests/fuzz/corpus/ and adds what it finds new to .fuzz/corpus/, which
 stays on the machine; `--merge` then brings the kept ones up to date with the smallest set that
-covers the same. A finding is left in .fuzz/ and told by libFuzzer with its bytes. The kept inputs
-also run in the tests' C programs, without libFuzzer.
+covers the same. A finding is left in .fuzz/ and told by libFuzzer with its bytes. tests/test_c.py
+runs the kept inputs without libFuzzer.
 """
 
 import argparse

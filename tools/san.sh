@@ -29,7 +29,10 @@ export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 export LD_PRELOAD
 LD_PRELOAD="$(library libasan.so):$(library libubsan.so):$(library libstdc++.so.6)"
 
-.venv/bin/python - "$PWD/$build" <<'PYTHON'
+# The current folder comes before PYTHONPATH where Python is started by name: not from here.
+root=$PWD
+cd /
+"$root/.venv/bin/python" - "$root/$build" <<'PYTHON'
 import sys
 
 from stx_patch import _C
@@ -37,4 +40,5 @@ from stx_patch import _C
 assert _C.__file__.startswith(sys.argv[1]), _C.__file__
 assert b"__asan_init" in open(_C.__file__, "rb").read()
 PYTHON
-.venv/bin/python -m pytest -q -p no:cacheprovider --timeout 300 "$@"
+cd "$root"
+.venv/bin/pytest -q -p no:cacheprovider --timeout 300 "$@"

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from . import _filter, _native, _origin, _stock
-from ._safe_open import Request, fspath, refuse
+from ._safe_open import Request, explain_refusal, fspath, refuse
 
 _HOW = {
     "warm": "in the page cache: nothing is asked of the system",
@@ -185,7 +185,7 @@ def _explain_file(
         try:
             return _from_core(path, _native.core.explain(path, request.rule))
         except _native.core.Refused as refusal:
-            reason = f"file refused ({refusal.args[0]})"
+            reason = explain_refusal(path, refusal)
     return _by_stock(request, filename, framework, device, backend, reason)
 
 

@@ -107,7 +107,7 @@ def open_native(
         try:
             return _native.core.open(path, request.rule, origin)
         except _native.core.Refused as refusal:
-            reason = f"file refused ({refusal.args[0]})"
+            reason = explain_refusal(path, refusal)
     _stats.count_fallback(reason)
     return None
 
@@ -122,6 +122,19 @@ def fspath(filename: Any) -> str | None:
         except Exception:  # stock asks again, and says what is wrong
             return None
     return str.__str__(filename) if isinstance(filename, str) else None
+
+
+def explain_refusal(path: str, refusal: Any) -> str:
+    """Why the core left a file to stock, for the counters.
+
+    Raises:
+        MemoryError: it had no memory for the header. Stock's parser would need as much, and ends
+            the process where it does not get it.
+    """
+    kind, text, _position = refusal.args
+    if kind == "memory":
+        raise MemoryError(f"{path}: {text}")
+    return f"file refused ({kind})"
 
 
 def refuse(

@@ -69,7 +69,7 @@ bench: ## set up, then measure loads against stock
 	@$(VENV)/python benchmarks/bench_load.py
 
 clean: ## remove what was built, stamps and caches; .venv stays
-	@rm -rf build dist *.egg-info stx_patch/*.so .stamps .coverage htmlcov
+	@rm -rf build dist *.egg-info stx_patch/*.so .stamps .fuzz .san .coverage htmlcov
 	@rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -166,12 +166,10 @@ def explain(
     """
     _stock.take()
     own = {"tensor_filter": tensor_filter, "include_keys": include_keys}
+    request = Request(True, (), own)
     filenames = filename if isinstance(filename, list) else [filename]
     return Explanation(
-        tuple(
-            _explain_file(Request(True, (), dict(own)), one, framework, device, backend)
-            for one in filenames
-        )
+        tuple(_explain_file(request, one, framework, device, backend) for one in filenames)
     )
 
 

@@ -150,6 +150,8 @@ def test_several_files_are_summed_up(large, sample):
     assert told.bytes_skipped == 7 * 4 * MIB + 7 * 8 + 4 + 120
     assert told.reads == sum(file.reads for file in told.files)
     assert told.bytes_expected == sum(file.bytes_expected for file in told.files)
+    names = (name for name in ["t0", "matrix"])
+    assert stx_patch.explain([large, sample], include_keys=names).tensors_kept == 2
     assert str(told).splitlines()[-1].startswith("total: 2 files, 2 native; 2 tensors kept, 4.2 MB")
     assert told.as_dict()["files"][0]["spans"][0]["tensors"] == 1
 

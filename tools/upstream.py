@@ -124,7 +124,9 @@ def run_suite(version: str, patched: bool) -> dict[str, Any]:
     """The results of one run: a fresh copy of the tests, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(archive(version)) as sources:
-            sources.extractall(folder, filter="data")
+            if hasattr(tarfile, "data_filter"):  # Python 3.11.4
+                sources.extraction_filter = tarfile.data_filter
+            sources.extractall(folder)
         tests = Path(folder, f"safetensors-{version}", "bindings", "python")
         results = Path(folder, "results.json")
         path = [str(part) for part in (overlay(version), ROOT / "tests" / "upstream") if part]

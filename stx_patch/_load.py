@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from . import _filter, _patch, _stats, _stock
+from . import _filter, _origin, _patch, _stats, _stock
 from ._safe_open import Request, check_result, fspath, is_stock_call, open_native
 
 if TYPE_CHECKING:
@@ -91,9 +91,18 @@ def _load_file(
 
 def _load_file_stock(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
     stock = _stock.function(_stock.TORCH, "load_file")
+    if stock is load_file:  # somebody bound ours to stock's name before stock's was taken
+        stock = _load_by_stock_handle
     with _stock.bypass():
         tensors: dict[str, Any] = stock(*arguments, **_known(keywords))
         return tensors
+
+
+def _load_by_stock_handle(filename: Any, device: Any = "cpu", **keywords: Any) -> dict[str, Any]:
+    """What stock's load_file does, by its class."""
+    with _stock.safe_open(filename, framework="pt", device=device, **keywords) as handle:
+        names = _origin.keep_names(handle, None, None)
+        return {name: handle.get_tensor(name) for name in names}
 
 
 def _known(keywords: dict[str, Any]) -> dict[str, Any]:
@@ -106,13 +115,11 @@ def _known(keywords: dict[str, Any]) -> dict[str, Any]:
 def _load_filtered_stock(
     request: Request, filename: Any, keywords: dict[str, Any]
 ) -> dict[str, Any]:
-    from ._origin import narrow
-
     device = request.arguments[1] if len(request.arguments) > 1 else keywords.get("device", "cpu")
     others = {name: value for name, value in keywords.items() if name == "backend"}
     with _stock.bypass():
         opened = _stock.safe_open(filename, framework="pt", device=device, **_known(others))
-    with narrow(opened, request.rule, fspath(filename)) as handle:
+    with _origin.narrow(opened, request.rule, fspath(filename)) as handle:
         check_result(request, handle, filename)
         tensors: dict[str, Any] = handle.get_tensors()
         return tensors

@@ -356,3 +356,21 @@ def test_a_closed_handle_says_so_for_a_name_left_out_too(path, backend):
         for name in ("a", "b", "missing"):
             with pytest.raises(safetensors.SafetensorError, match="File is closed"):
                 use(name)
+
+
+def test_our_function_under_stocks_name_does_not_call_itself(sample):
+    """Bound by hand, before stock's own was ever looked at; what we leave to stock is served."""
+    run_python(
+        """
+        import sys
+        import safetensors.torch
+        import stx_patch
+
+        safetensors.torch.load_file = stx_patch.load_file
+        for keywords in ({}, {"backend": "pread"}):
+            tensors = safetensors.torch.load_file(sys.argv[1], **keywords)
+            assert sorted(tensors) == ["cube", "empty", "matrix", "scalar", "vector"], tensors
+        assert stx_patch.stats().fallbacks == {"backend pread": 1}
+        """,
+        sample,
+    )

@@ -30,8 +30,11 @@ test: ## set up with warnings as errors, then then run all of the following and 
 NEXT_TESTS := parity slices storage bad_input header_errors patch patch_homes filter stats
 test-next: ## the tests of being a drop-in, against the next safetensors
 	@$(SET_UP) with-upstream
-	@for site in .upstream/site-*; do echo "against $$site"; PYTHONPATH=$$site $(VENV)/python -m \
-	pytest -q $(NEXT_TESTS:%=tests/test_%.py) || exit 1; done
+	@for site in .upstream/site-*; do \
+		[ -d "$$site" ] || exit 1; \
+		echo "against $$site"; \
+		PYTHONPATH=$$site $(VENV)/python -m pytest -q $(NEXT_TESTS:%=tests/test_%.py) || exit 1; \
+	done
 
 upstream: ## safetensors' own tests, with and without the patch, of two versions
 	@$(SET_UP) with-upstream

@@ -156,6 +156,8 @@ def _keep_items(rule: _filter.Rule, data: bytes) -> frozenset[str]:
         if isinstance(entry, dict):  # stock also takes the fields as an array, in this order
             entry = entry["dtype"], entry["shape"], entry["data_offsets"]
         dtype, shape, (begin, end) = entry
+        if isinstance(dtype, dict):  # and a dtype as {"F32": null}
+            (dtype,) = dtype
         entries.append((begin, end, name, dtype, tuple(shape)))
     kept = []
     for begin, end, name, dtype, shape in sorted(entries, key=lambda entry: entry[:2]):

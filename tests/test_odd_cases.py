@@ -374,3 +374,11 @@ def test_our_function_under_stocks_name_does_not_call_itself(sample):
         """,
         sample,
     )
+
+
+def test_bytes_with_a_dtype_as_a_map_are_taken_under_a_filter():
+    header = b'{"a":{"dtype":{"F32":null},"shape":[1],"data_offsets":[0,4]}}'
+    data = len(header).to_bytes(8, "little") + header + b"abcd"
+    assert list(safetensors.torch.load(data)) == ["a"]
+    with stx_patch.patched(tensor_filter=lambda key: key.dtype == "F32"):
+        assert list(safetensors.torch.load(data)) == ["a"]

@@ -23,16 +23,14 @@ fi
 
 library() { "${CC:-gcc}" -print-file-name="$1"; }
 
-export PYTHONPATH="$PWD/$build" PYTHONMALLOC=malloc
+# The current folder would come before PYTHONPATH, in processes that tests start as well.
+export PYTHONPATH="$PWD/$build" PYTHONSAFEPATH=1 PYTHONMALLOC=malloc
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:handle_segv=0
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 export LD_PRELOAD
 LD_PRELOAD="$(library libasan.so):$(library libubsan.so):$(library libstdc++.so.6)"
 
-# The current folder comes before PYTHONPATH where Python is started by name: not from here.
-root=$PWD
-cd /
-"$root/.venv/bin/python" - "$root/$build" <<'PYTHON'
+.venv/bin/python - "$PWD/$build" <<'PYTHON'
 import sys
 
 from stx_patch import _C
@@ -40,5 +38,4 @@ from stx_patch import _C
 assert _C.__file__.startswith(sys.argv[1]), _C.__file__
 assert b"__asan_init" in open(_C.__file__, "rb").read()
 PYTHON
-cd "$root"
 .venv/bin/pytest -q -p no:cacheprovider --timeout 300 "$@"

@@ -163,7 +163,8 @@ if [ "$(stamp venv)" != "$venv" ] || [ ! -x "$venv_python" ]; then
     system_step missing_packages
     venv_step "$venv"
 fi
-if [ "${1:-}" = with-upstream ] && [ "$(stamp upstream)" != "$upstream" ]; then
+if [ "${1:-}" = with-upstream ] &&
+    { [ "$(stamp upstream)" != "$upstream" ] || [ ! -d .upstream ]; }; then
     did_nothing=
     upstream_step "$upstream"
 fi

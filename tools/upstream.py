@@ -199,13 +199,22 @@ def run() -> int:
     return status
 
 
+def is_fetched() -> bool:
+    folders = [overlay(version) for version in VERSIONS]
+    return all(archive(version).exists() for version in VERSIONS) and all(
+        folder is None or folder.exists() for folder in folders
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("fetch", "run"))
-    if parser.parse_args().command == "run":
-        return run()
-    fetch()
-    return 0
+    if parser.parse_args().command == "fetch":
+        fetch()
+        return 0
+    if not is_fetched():
+        sys.exit("upstream: nothing to run: tools/upstream.py fetch")
+    return run()
 
 
 if __name__ == "__main__":

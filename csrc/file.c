@@ -20,6 +20,26 @@
 /* One pread moves less than 2 GiB on Linux. */
 #define READ_BYTES_MAX (UINT64_C(1) << 30)
 
+static int ask_cached(int fd, uint64_t size_bytes, uint64_t *cached_pages) {
+    /* struct cachestat_range and struct cachestat of linux/mman.h, which old headers lack. */
+    struct {
+        uint64_t offset, length;
+    } range = {0, size_bytes}; /* length 0: to the end */
+    struct {
+        uint64_t cached, dirty, writeback, evicted, recently_evicted;
+    } pages = {0, 0, 0, 0, 0};
+    const int result = (int)syscall(SYS_cachestat, fd, &range, &pages, 0u);
+    *cached_pages = pages.cached;
+    return result;
+}
+
+/* The system tells those who own a file or may write to it. cachestat says so by its answer; where
+ * it is missing or forbidden, owners are known by their id. */
+static bool is_told(int fd, const struct stat *status) {
+    uint64_t ignored;
+    return ask_cached(fd, 1, &ignored) == 0 || status->st_uid == geteuid();
+}
+
 enum stx_status stx_file_open(struct stx_file *file, const char *path, struct stx_err *err) {
     struct stat status;
     *file = (struct stx_file){.fd = -1};
@@ -39,6 +59,7 @@ enum stx_status stx_file_open(struct stx_file *file, const char *path, struct st
         return stx_err_set(err, STX_ERR_UNSUPPORTED, "not a regular file");
     }
     file->fd = fd;
+    file->residency_is_told = is_told(fd, &status);
     file->identity = (struct stx_file_identity){
         .device = (uint64_t)status.st_dev,
         .inode = (uint64_t)status.st_ino,
@@ -74,17 +95,15 @@ void stx_file_expect_sequential(const struct stx_file *file) {
     (void)posix_fadvise(file->fd, 0, 0, POSIX_FADV_SEQUENTIAL);
 }
 
+void stx_file_expect_random(const struct stx_file *file) {
+    (void)posix_fadvise(file->fd, 0, 0, POSIX_FADV_RANDOM);
+}
+
 enum stx_status stx_file_cached_bytes(const struct stx_file *file, uint64_t *cached_bytes,
                                       struct stx_err *err) {
-    /* struct cachestat_range and struct cachestat of linux/mman.h, which old headers lack. */
-    struct {
-        uint64_t offset, length;
-    } range = {0, 0}; /* length 0: to the end */
-    struct {
-        uint64_t cached, dirty, writeback, evicted, recently_evicted;
-    } pages = {0, 0, 0, 0, 0};
-    if (syscall(SYS_cachestat, file->fd, &range, &pages, 0u) != 0)
+    uint64_t cached_pages;
+    if (ask_cached(file->fd, 0, &cached_pages) != 0)
         return stx_err_set(err, STX_ERR_UNSUPPORTED, "page cache residency is not told");
-    *cached_bytes = pages.cached * (uint64_t)sysconf(_SC_PAGESIZE);
+    *cached_bytes = cached_pages * (uint64_t)sysconf(_SC_PAGESIZE);
     return STX_OK;
 }

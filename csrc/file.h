@@ -6,6 +6,7 @@
 #ifndef STX_FILE_H
 #define STX_FILE_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "err.h"
@@ -21,6 +22,7 @@ struct stx_file_identity {
 /* Caller-owned. `fd` is -1 when closed. */
 struct stx_file {
     int fd;
+    bool residency_is_told; /* what the page cache holds of it is no secret from this process */
     struct stx_file_identity identity;
 };
 
@@ -36,9 +38,10 @@ void stx_file_close(struct stx_file *file);
 enum stx_status stx_file_read(const struct stx_file *file, void *buffer, uint64_t size_bytes,
                               uint64_t offset_bytes, struct stx_err *err) STX_NODISCARD;
 
-/* Tell the system that whole runs will be read in order: its read-ahead window doubles. A hint:
- * what it answers does not matter. */
+/* Tell the system that whole runs will be read in order, so that its read-ahead window doubles; or
+ * that nothing but what is asked for will be read. Hints: what it answers does not matter. */
 void stx_file_expect_sequential(const struct stx_file *file);
+void stx_file_expect_random(const struct stx_file *file);
 
 /* How many bytes of the file are in the page cache (whole pages; at most 2^63). Errors:
  * STX_ERR_UNSUPPORTED where the system does not tell (before Linux 6.5, or a file that is not

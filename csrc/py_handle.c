@@ -12,6 +12,7 @@
  */
 #include "py_handle.h"
 
+#include "py_ahead.h"
 #include "py_args.h"
 #include "py_err.h"
 #include "py_slice.h"
@@ -153,10 +154,11 @@ static PyObject *handle_metadata(PyObject *py_self, PyObject *py_unused) {
 
 /* --- tensors --- */
 
-struct stx_py_place stx_py_handle_place(const struct stx_py_handle *self, bool advise) {
+struct stx_py_place stx_py_handle_place(const struct stx_py_handle *self) {
+    const bool ahead = self->ahead == STX_AHEAD_UNDECIDED || self->ahead == STX_AHEAD_COLD;
     return (struct stx_py_place){.mapping = self->source.mapping,
                                  .data_begin_bytes = self->source.header.data_begin_bytes,
-                                 .advise = advise};
+                                 .ahead = ahead};
 }
 
 PyObject *stx_py_handle_tensor(struct stx_py_handle *self, size_t index,
@@ -188,17 +190,20 @@ static PyObject *call_with_name(PyObject *py_self, const char *function, on_tens
 }
 
 static PyObject *give_tensor(struct stx_py_handle *self, size_t index) {
-    const struct stx_py_place place = stx_py_handle_place(self, self->advise);
+    const struct stx_py_place place = stx_py_handle_place(self);
     const int dispatch_depth = stx_py_torch_dispatch_depth(self->state);
-    return dispatch_depth < 0 ? NULL : stx_py_handle_tensor(self, index, &place, dispatch_depth);
+    if (dispatch_depth < 0) return NULL;
+    if (dispatch_depth == 0) stx_py_ahead_tensor(self, index);
+    return stx_py_handle_tensor(self, index, &place, dispatch_depth);
 }
 
 static PyObject *give_slice(struct stx_py_handle *self, size_t index) {
-    const struct stx_py_place place = stx_py_handle_place(self, self->advise);
+    stx_py_ahead_slice(self);
+    const struct stx_py_place place = stx_py_handle_place(self);
     PyObject *py_name = stx_py_names_get(&self->names, index);
     if (py_name == NULL) return NULL;
-    return stx_py_slice_new(self->state, &place, &self->source.header.tensors[index], py_name,
-                            self->py_origin);
+    return stx_py_slice_new(self->state, &place, &self->source.header.tensors[index], index,
+                            py_name, self->py_origin);
 }
 
 static PyObject *give_dtype(struct stx_py_handle *self, size_t index) {

@@ -13,6 +13,22 @@
 #include "py_tensor.h"
 #include "source.h"
 
+/* What was asked for in `open`; numbers as _options.py gives them. */
+struct stx_py_options {
+    int engine; /* an enum stx_engine_kind */
+    int direct_io;
+    int64_t read_ahead_bytes; /* -1: automatic, 0: none */
+    int64_t inflight_bytes;   /* 0: automatic */
+};
+
+/* What is known about reading ahead for a handle. */
+enum stx_py_ahead {
+    STX_AHEAD_OFF,       /* not wanted, or nothing mapped */
+    STX_AHEAD_UNDECIDED, /* nothing, or one tensor, was asked for */
+    STX_AHEAD_WARM,      /* the page cache has what is kept */
+    STX_AHEAD_COLD,
+};
+
 struct stx_py_handle {
     PyObject_HEAD struct stx_py_state *state; /* borrowed: the type keeps the module */
     struct stx_source source;
@@ -25,7 +41,9 @@ struct stx_py_handle {
     PyObject *py_origin;
     size_t busy;
     bool closed;
-    bool advise; /* cold and sparse */
+    enum stx_py_ahead ahead;
+    uint32_t demands_count; /* tensors and slices asked for while undecided */
+    struct stx_py_options options;
 };
 
 /* Whether the filter kept the tensor at `index`. */
@@ -34,7 +52,7 @@ static inline bool stx_py_handle_keeps(const struct stx_py_handle *self, size_t 
 }
 
 /* Where this handle's tensors lie. Borrowed from the handle. */
-struct stx_py_place stx_py_handle_place(const struct stx_py_handle *self, bool advise);
+struct stx_py_place stx_py_handle_place(const struct stx_py_handle *self);
 
 /* The tensor at `index`, made here or by stock; `dispatch_depth` is torch's, asked once per call
  * from outside. NULL with an exception. */

@@ -4,28 +4,9 @@
  * advised exactly so, then every tensor is made. Makes no reads of its own: the mapping's pages
  * come when they are touched, or were asked for here.
  */
+#include "py_ahead.h"
 #include "py_handle.h"
-#include "py_plan.h"
 #include "py_tensor.h"
-
-/* All that is kept of a cold file that is kept in part: have exactly its plan read. */
-static int advise_plan(struct stx_py_handle *self) {
-    struct stx_py_counters *counters = &self->state->counters;
-    struct stx_plan plan;
-    const uint64_t start_ns = stx_py_clock_ns();
-    if (stx_py_plan_build(&plan, &self->source.header, self->keep) != 0) return -1;
-    counters->plan_ns += stx_py_clock_ns() - start_ns;
-    Py_BEGIN_ALLOW_THREADS; /* `busy` keeps the mapping */
-    for (size_t i = 0; i < plan.reads_count; i++)
-        stx_mapping_will_need(self->source.mapping, plan.reads[i].begin_bytes,
-                              plan.reads[i].end_bytes);
-    Py_END_ALLOW_THREADS;
-    counters->requests += plan.reads_count;
-    counters->bytes_read += plan.bytes_read;
-    counters->bytes_over_read += plan.bytes_read - plan.bytes_kept;
-    stx_plan_free(&plan);
-    return 0;
-}
 
 /* Whether no Python code runs while the dict is made: neither stock's nor a torch mode's. */
 static bool is_all_native(const struct stx_py_handle *self, int dispatch_depth) {
@@ -41,7 +22,7 @@ static bool is_all_native(const struct stx_py_handle *self, int dispatch_depth) 
  * thousands of objects sets off collections that walk the whole process, torch's own objects
  * included: they wait until the dict is whole, where nobody else can notice. */
 static PyObject *build_dict(struct stx_py_handle *self, int dispatch_depth) {
-    const struct stx_py_place place = stx_py_handle_place(self, false);
+    const struct stx_py_place place = stx_py_handle_place(self);
     PyObject *py_tensors = PyDict_New();
     const int collected = is_all_native(self, dispatch_depth) && PyGC_Disable();
     for (size_t i = 0; py_tensors != NULL && i < self->source.header.tensors_count; i++) {
@@ -59,7 +40,7 @@ static PyObject *build_dict(struct stx_py_handle *self, int dispatch_depth) {
 
 PyObject *stx_py_handle_load(struct stx_py_handle *self) {
     const int dispatch_depth = stx_py_torch_dispatch_depth(self->state);
-    if (dispatch_depth < 0 || (self->advise && advise_plan(self) != 0)) return NULL;
+    if (dispatch_depth < 0 || stx_py_ahead_all(self) != 0) return NULL;
     const uint64_t start_ns = stx_py_clock_ns();
     PyObject *py_tensors = build_dict(self, dispatch_depth);
     self->state->counters.wrap_ns += stx_py_clock_ns() - start_ns;

@@ -10,6 +10,7 @@
 #include "py_handle.h"
 #include "py_plan.h"
 #include "py_tensor.h"
+#include "readahead.h"
 
 uint64_t stx_py_clock_ns(void) {
     struct timespec now;
@@ -19,19 +20,24 @@ uint64_t stx_py_clock_ns(void) {
 
 /* Fields of struct stx_py_counters, in its order, as Python sees them. */
 static const char *const counter_names[] = {
-    "opens",           "tensors_native", "keys_kept",    "keys_skipped",
-    "bytes_kept",      "bytes_skipped",  "bytes_wanted", "bytes_read",
-    "bytes_over_read", "requests",       "files_cold",   "files_warm",
-    "header_ns",       "filter_ns",      "plan_ns",      "wrap_ns"};
+    "opens",         "tensors_native", "keys_kept",     "keys_skipped",    "bytes_kept",
+    "bytes_skipped", "bytes_wanted",   "bytes_read",    "bytes_over_read", "requests",
+    "files_cold",    "files_warm",     "files_unknown", "header_ns",       "filter_ns",
+    "plan_ns",       "wrap_ns"};
 #define COUNTERS_COUNT (sizeof counter_names / sizeof counter_names[0])
 _Static_assert(sizeof(struct stx_py_counters) == COUNTERS_COUNT * sizeof(uint64_t),
                "a name for each counter");
 
 static PyObject *module_counters(PyObject *py_module, PyObject *py_unused) {
     const struct stx_py_state *state = PyModule_GetState(py_module);
-    const uint64_t *values = (const uint64_t *)&state->counters;
+    const struct stx_readahead_sums sums = stx_readahead_count();
+    struct stx_py_counters counters = state->counters;
+    const uint64_t *values = (const uint64_t *)&counters;
     PyObject *py_counters = PyDict_New();
     (void)py_unused;
+    counters.requests += sums.requests;
+    counters.bytes_read += sums.bytes;
+    counters.bytes_over_read += sums.over_bytes;
     for (size_t i = 0; py_counters != NULL && i < COUNTERS_COUNT; i++) {
         PyObject *py_value = PyLong_FromUnsignedLongLong(values[i]);
         if (py_value == NULL || PyDict_SetItemString(py_counters, counter_names[i], py_value) != 0)
@@ -39,6 +45,18 @@ static PyObject *module_counters(PyObject *py_module, PyObject *py_unused) {
         Py_XDECREF(py_value);
     }
     return py_counters;
+}
+
+/* For tests and benchmarks: the helpers run on when a load has returned. */
+static PyObject *module_settle(PyObject *py_module, PyObject *py_timeout_ms) {
+    bool settled;
+    const unsigned long timeout_ms = PyLong_AsUnsignedLong(py_timeout_ms);
+    (void)py_module;
+    if (PyErr_Occurred()) return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    settled = stx_readahead_settle((uint32_t)timeout_ms);
+    Py_END_ALLOW_THREADS;
+    return PyBool_FromLong(settled);
 }
 
 static PyMethodDef module_methods[] = {
@@ -52,6 +70,8 @@ static PyMethodDef module_methods[] = {
     {"match_rule", stx_py_filter_match, METH_VARARGS, PyDoc_STR("match_rule(rule, name) -> bool")},
     /* here */
     {"counters", module_counters, METH_NOARGS, PyDoc_STR("counters() -> dict[str, int]")},
+    {"settle", module_settle, METH_O,
+     PyDoc_STR("settle(timeout_ms) -> bool: wait until nothing is read ahead")},
     {NULL, NULL, 0, NULL}};
 
 static int module_exec(PyObject *py_module) {

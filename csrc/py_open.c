@@ -32,18 +32,6 @@ static void count_kept(struct stx_py_handle *self) {
     counters->bytes_skipped += total_bytes - self->kept_bytes;
 }
 
-/* Of a file kept in part, exactly the kept bytes are asked for, unless the file is at least nine
- * tenths cached already. */
-static void decide_advice(struct stx_py_handle *self) {
-    struct stx_py_counters *counters = &self->state->counters;
-    if (self->keep == NULL) return;
-    const bool warm = stx_source_is_warm(&self->source);
-    if (warm) counters->files_warm++;
-    if (!warm) counters->files_cold++;
-    self->advise = !warm && self->skipped_count != 0;
-    if (self->advise) stx_mapping_expect_random(self->source.mapping);
-}
-
 static int apply_filter(struct stx_py_handle *self, PyObject *py_rule, PyObject *py_path) {
     const uint64_t start_ns = stx_py_clock_ns();
     if (py_rule == Py_None) return 0;
@@ -68,7 +56,7 @@ static int pass_identity(const struct stx_py_handle *self) {
 
 /* A new handle that owns `source` from here on, also when this fails. */
 static struct stx_py_handle *new_handle(struct stx_py_state *state, struct stx_source *source,
-                                        PyObject *py_origin) {
+                                        const struct stx_py_options *options, PyObject *py_origin) {
     struct stx_py_handle *self = PyObject_GC_New(struct stx_py_handle, state->handle_type);
     if (self == NULL) {
         stx_source_close(source);
@@ -85,7 +73,9 @@ static struct stx_py_handle *new_handle(struct stx_py_state *state, struct stx_s
     self->py_origin = Py_NewRef(py_origin);
     self->busy = 0;
     self->closed = false;
-    self->advise = false;
+    self->demands_count = 0;
+    self->options = *options;
+    self->ahead = options->read_ahead_bytes == 0 ? STX_AHEAD_OFF : STX_AHEAD_UNDECIDED;
     return self;
 }
 
@@ -112,15 +102,21 @@ int stx_py_source_open(struct stx_py_state *state, struct stx_source *source, Py
 PyObject *stx_py_handle_open(PyObject *py_module, PyObject *py_arguments) {
     struct stx_py_state *state = PyModule_GetState(py_module);
     struct stx_source source;
+    struct stx_py_options options = {0};
     PyObject *py_path, *py_rule, *py_origin;
-    if (!PyArg_ParseTuple(py_arguments, "UOO:open", &py_path, &py_rule, &py_origin)) return NULL;
+    long long read_ahead_bytes = -1, inflight_bytes = 0;
+    if (!PyArg_ParseTuple(py_arguments, "UOO|(iLLi):open", &py_path, &py_rule, &py_origin,
+                          &options.engine, &read_ahead_bytes, &inflight_bytes, &options.direct_io))
+        return NULL;
+    options.read_ahead_bytes = read_ahead_bytes;
+    options.inflight_bytes = inflight_bytes;
     const uint64_t start_ns = stx_py_clock_ns();
-    const int opened = stx_py_source_open(state, &source, py_path, py_rule != Py_None);
+    const int opened = stx_py_source_open(state, &source, py_path, false);
     state->counters.header_ns += stx_py_clock_ns() - start_ns;
     if (opened != 0) return NULL;
     state->counters.requests += source.header_reads_count;
     state->counters.bytes_read += source.header_read_bytes;
-    struct stx_py_handle *self = new_handle(state, &source, py_origin);
+    struct stx_py_handle *self = new_handle(state, &source, &options, py_origin);
     if (self == NULL) return NULL;
     if (stx_py_names_init(&self->names, &self->source.header) != 0 || pass_identity(self) != 0 ||
         apply_filter(self, py_rule, py_path) != 0) {
@@ -129,7 +125,6 @@ PyObject *stx_py_handle_open(PyObject *py_module, PyObject *py_arguments) {
     }
     state->counters.opens++;
     count_kept(self);
-    decide_advice(self);
     PyObject_GC_Track((PyObject *)self); /* not before: a filter could find it half open */
     return (PyObject *)self;
 }

@@ -7,11 +7,12 @@
 #include "py_filter.h"
 #include "py_handle.h"
 #include "py_tensor.h"
+#include "residency.h"
 
 /* Reads over a gap of at most a page cost nothing extra: the page is read anyway. */
 #define GAP_BYTES 4096
 #define ALIGN_BYTES 4096
-#define BLOCK_BYTES ((uint64_t)2 << 20)
+#define BLOCK_BYTES ((uint64_t)8 << 20) /* what a helper of the read-ahead takes at a time */
 
 int stx_py_plan_build(struct stx_plan *plan, const struct stx_header *header, const uint8_t *keep) {
     const struct stx_plan_input input = {.header = header, .keep = keep};
@@ -21,6 +22,23 @@ int stx_py_plan_build(struct stx_plan *plan, const struct stx_header *header, co
     if (stx_plan_build(plan, &input, 1, &limits, &err) == STX_OK) return 0;
     PyErr_NoMemory();
     return -1;
+}
+
+struct stx_range *stx_py_plan_ranges(const struct stx_plan *plan) {
+    struct stx_range *ranges = calloc(plan->reads_count + 1, sizeof *ranges);
+    for (size_t i = 0; ranges != NULL && i < plan->reads_count; i++)
+        ranges[i] = (struct stx_range){plan->reads[i].begin_bytes, plan->reads[i].end_bytes};
+    return ranges;
+}
+
+/* An enum stx_residency: of what the plan reads. */
+static uint64_t ask_residency(const struct stx_source *source, const struct stx_plan *plan) {
+    struct stx_range *ranges = stx_py_plan_ranges(plan);
+    if (ranges == NULL) return STX_RESIDENCY_UNKNOWN;
+    const enum stx_residency residency =
+        stx_residency_ask(source->mapping, ranges, plan->reads_count);
+    free(ranges);
+    return residency;
 }
 
 /* [(begin, end, tensors)], offsets in the file. */
@@ -63,7 +81,7 @@ static PyObject *tell(const struct stx_source *source, const uint8_t *keep,
                  {"bytes_kept", plan->bytes_kept},
                  {"bytes_read", plan->bytes_read},
                  {"reads", plan->reads_count},
-                 {"warm", stx_source_is_warm(source)}};
+                 {"residency", ask_residency(source, plan)}};
     PyObject *py_told = py_spans == NULL ? NULL : PyDict_New();
     if (py_told != NULL && PyDict_SetItemString(py_told, "spans", py_spans) != 0) Py_CLEAR(py_told);
     for (size_t i = 0; py_told != NULL && i < sizeof facts / sizeof facts[0]; i++) {

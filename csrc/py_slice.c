@@ -12,10 +12,13 @@
 
 #include <string.h>
 
+#include "py_ahead.h"
+
 struct slice {
     PyObject_HEAD struct stx_py_state *state; /* borrowed: the type keeps the module */
     struct stx_py_place place;                /* this slice is a user of its mapping */
     struct stx_tensor tensor;                 /* its shape is owned, its name is not used */
+    size_t index;                             /* in the file's order */
     PyObject *py_name;
     PyObject *py_origin;
 };
@@ -34,7 +37,7 @@ PyObject *stx_py_shape_list(const struct stx_tensor *tensor) {
 }
 
 PyObject *stx_py_slice_new(struct stx_py_state *state, const struct stx_py_place *place,
-                           const struct stx_tensor *tensor, PyObject *py_name,
+                           const struct stx_tensor *tensor, size_t index, PyObject *py_name,
                            PyObject *py_origin) {
     const size_t shape_bytes = tensor->rank * sizeof *tensor->shape;
     uint64_t *shape = PyMem_Malloc(shape_bytes + 1);
@@ -51,6 +54,7 @@ PyObject *stx_py_slice_new(struct stx_py_state *state, const struct stx_py_place
     self->tensor = *tensor;
     self->tensor.name = NULL;
     self->tensor.shape = shape;
+    self->index = index;
     self->py_name = Py_NewRef(py_name);
     self->py_origin = Py_NewRef(py_origin);
     PyObject_GC_Track((PyObject *)self);
@@ -108,9 +112,9 @@ static long long find_last_element(PyObject *py_view) {
     return last;
 }
 
-/* Of a cold file that is kept in part: have exactly what a view shows read. A result with memory of
- * its own was copied already. What cannot be found out is left to the page faults. */
-static void advise_view(const struct slice *self, PyObject *py_view) {
+/* Of a file that is not known to be warm: have exactly what a view shows read. A result with memory
+ * of its own was copied already. What cannot be found out is left to the page faults. */
+static void tell_of_view(const struct slice *self, PyObject *py_view) {
     const uint64_t item_bytes = stx_dtype_info(self->tensor.dtype)->bits / 8;
     const uint64_t begin_bytes = self->place.data_begin_bytes + self->tensor.begin;
     const uint64_t size_bytes = self->tensor.end - self->tensor.begin;
@@ -122,17 +126,15 @@ static void advise_view(const struct slice *self, PyObject *py_view) {
     const uint64_t view_bytes = ((uint64_t)last + 1) * item_bytes;
     if (address >= memory && address - memory < size_bytes &&
         view_bytes <= size_bytes - (address - memory))
-        stx_py_place_advise(self->state, &self->place, begin_bytes + (address - memory),
-                            begin_bytes + (address - memory) + view_bytes);
+        stx_py_ahead_range(&self->place, self->index, begin_bytes + (address - memory),
+                           begin_bytes + (address - memory) + view_bytes);
     Py_XDECREF(py_address);
     PyErr_Clear();
 }
 
 /* What stock's slice hands to torch's indexing: the tensor, moved by an active function mode. */
 static PyObject *make_indexed(const struct slice *self, int function_depth) {
-    struct stx_py_place place = self->place;
-    place.advise = false; /* that waits for what the index leaves of it */
-    PyObject *py_tensor = stx_py_tensor_make(self->state, &place, &self->tensor);
+    PyObject *py_tensor = stx_py_tensor_make(self->state, &self->place, &self->tensor);
     if (py_tensor == NULL || function_depth == 0) return py_tensor;
     PyObject *py_moved = PyObject_CallMethod(self->state->torch.module, "asarray", "O", py_tensor);
     Py_DECREF(py_tensor);
@@ -151,8 +153,8 @@ static PyObject *slice_index(PyObject *py_self, PyObject *py_index) {
     if (py_tensor == NULL) return NULL;
     PyObject *py_result = PyObject_GetItem(py_tensor, py_index);
     Py_DECREF(py_tensor);
-    if (py_result != NULL && self->place.advise && function_depth == 0)
-        advise_view(self, py_result);
+    if (py_result != NULL && self->place.ahead && function_depth == 0)
+        tell_of_view(self, py_result);
     return py_result;
 }
 

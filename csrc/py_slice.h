@@ -9,9 +9,11 @@
 #include "header.h"
 #include "py_tensor.h"
 
-/* A new slice. It becomes a user of the place's mapping and holds `py_name` and `py_origin`. */
+/* A new slice of the tensor at `index`. It becomes a user of the place's mapping and holds
+ * `py_name` and `py_origin`. */
 PyObject *stx_py_slice_new(struct stx_py_state *state, const struct stx_py_place *place,
-                           const struct stx_tensor *tensor, PyObject *py_name, PyObject *py_origin);
+                           const struct stx_tensor *tensor, size_t index, PyObject *py_name,
+                           PyObject *py_origin);
 
 /* `tensor`'s shape as a new list of int. NULL with an exception. */
 PyObject *stx_py_shape_list(const struct stx_tensor *tensor);

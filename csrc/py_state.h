@@ -45,6 +45,7 @@ struct stx_py_counters {
     uint64_t requests;
     uint64_t files_cold;
     uint64_t files_warm;
+    uint64_t files_unknown;
     uint64_t header_ns;
     uint64_t filter_ns;
     uint64_t plan_ns;

@@ -256,15 +256,6 @@ bool stx_py_tensor_is_native(const struct stx_tensor *tensor) {
     return true;
 }
 
-void stx_py_place_advise(struct stx_py_state *state, const struct stx_py_place *place,
-                         uint64_t begin_bytes, uint64_t end_bytes) {
-    Py_BEGIN_ALLOW_THREADS; /* whoever called keeps the mapping */
-    stx_mapping_will_need(place->mapping, begin_bytes, end_bytes);
-    Py_END_ALLOW_THREADS;
-    state->counters.requests++;
-    state->counters.bytes_read += end_bytes - begin_bytes;
-}
-
 PyObject *stx_py_tensor_make(struct stx_py_state *state, const struct stx_py_place *place,
                              const struct stx_tensor *tensor) {
     const uint64_t size_bytes = tensor->end - tensor->begin;
@@ -275,9 +266,6 @@ PyObject *stx_py_tensor_make(struct stx_py_state *state, const struct stx_py_pla
         memory == NULL ? NULL : stx_mapping_bytes(memory) + place->data_begin_bytes + tensor->begin;
     if (state->torch.routes[dtype] == STX_ROUTE_UNKNOWN && probe_route(state, dtype) != 0)
         return NULL;
-    if (place->advise && memory != NULL)
-        stx_py_place_advise(state, place, place->data_begin_bytes + tensor->begin,
-                            place->data_begin_bytes + tensor->end);
     PyObject *py_tensor =
         state->torch.routes[dtype] == STX_ROUTE_DIRECT
             ? make_with(state, memory, data, tensor, dlpack_dtype(dtype), dtype == STX_DTYPE_F4)

@@ -33,13 +33,8 @@ int stx_py_torch_function_depth(const struct stx_py_state *state);
 struct stx_py_place {
     struct stx_mapping *mapping;
     uint64_t data_begin_bytes;
-    bool advise; /* cold and sparse: ask for a tensor's pages when it is handed out */
+    bool ahead; /* what is touched may have to come from the disk: tell the read-ahead */
 };
-
-/* Have the system read these bytes of the file while the caller goes on; counted. Gives up the GIL
- * while it asks, so the caller holds a use of the mapping. */
-void stx_py_place_advise(struct stx_py_state *state, const struct stx_py_place *place,
-                         uint64_t begin_bytes, uint64_t end_bytes);
 
 /* A new tensor over the bytes of `tensor` in `place`. Requires stx_py_tensor_is_native. NULL with
  * an exception. */

@@ -60,6 +60,7 @@ static enum stx_status open_parts(struct stx_source *source, const struct stx_fi
     struct stx_err ignored;
     char *text = NULL;
     uint64_t json_bytes = 0;
+    stx_file_expect_random(file); /* the header, and nothing ahead of it */
     STX_TRY(read_text(source, file, &text, &json_bytes, err));
     const enum stx_status status = stx_header_parse(&source->header, text + STX_HEADER_PREFIX_BYTES,
                                                     json_bytes, file->identity.size_bytes, err);
@@ -87,9 +88,4 @@ void stx_source_close(struct stx_source *source) {
     stx_header_free(&source->header);
     stx_mapping_release(source->mapping);
     source->mapping = NULL;
-}
-
-bool stx_source_is_warm(const struct stx_source *source) {
-    const uint64_t size_bytes = source->identity.size_bytes;
-    return source->cached_bytes >= size_bytes - size_bytes / 10;
 }

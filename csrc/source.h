@@ -32,9 +32,6 @@ struct stx_source {
 enum stx_status stx_source_open(struct stx_source *source, const char *path, bool ask_cached,
                                 struct stx_err *err) STX_NODISCARD;
 
-/* Whether the page cache holds at least nine tenths of the file, as far as that is known. */
-bool stx_source_is_warm(const struct stx_source *source);
-
 /* Give up the header and this source's use of the mapping; tensors made from it stay valid. */
 void stx_source_close(struct stx_source *source);
 

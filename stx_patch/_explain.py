@@ -16,11 +16,13 @@ from . import _filter, _native, _origin, _stock
 from ._safe_open import Request, explain_refusal, fspath, refuse
 
 _HOW = {
+    "nothing": "nothing is kept, nothing is read",
     "warm": "in the page cache: nothing is asked of the system",
-    "whole": "read as it is used, with the system's own read-ahead",
-    "exact": "exactly the reads of the plan are asked for",
+    "dense": "all of it is read beside the consumer",
+    "sparse": "exactly what is kept is read beside the consumer",
     "stock": "safetensors decides",
 }
+_WARM = 2  # of the core's enum stx_residency
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,7 @@ class FileExplanation:
     Attributes:
         filename: the file.
         native: whether our core would serve it; `reason` says why not.
-        policy: "warm", "whole", "exact" or "stock"; `str()` has a sentence for each.
+        policy: "nothing", "warm", "dense", "sparse" or "stock"; `str()` has a sentence for each.
         tensors_kept, tensors_skipped: header entries, by the filter's decision.
         bytes_kept, bytes_skipped: their sizes.
         tensors_by_stock: kept tensors that stock would make: all, where the file is stock's.
@@ -190,7 +192,9 @@ def _explain_file(
 def _from_core(path: str, told: dict[str, Any]) -> FileExplanation:
     skipped = told["tensors"] - told["tensors_kept"]
     data_bytes = told["data_bytes"]
-    policy = "warm" if told["warm"] else "exact" if skipped else "whole"
+    policy = "sparse" if skipped else "dense"
+    if told["residency"] == _WARM:
+        policy = "warm" if told["reads"] else "nothing"
     return FileExplanation(
         filename=path,
         native=True,

@@ -29,12 +29,13 @@ class Stats:
         keys_kept, keys_skipped: header entries of native opens, by the filter's decision.
         bytes_kept, bytes_skipped: their sizes.
         bytes_wanted: sizes of the tensors in `tensors_native`.
-        bytes_read: what was asked of the system: headers, and advice for exact reads. What a lazy
-            mapping faults in later is not known here.
+        bytes_read: what was asked of the system: headers, and what was read ahead of the consumer
+            so far: that goes on beside it. What a mapping faults in by itself is not known here.
         bytes_over_read: of it, beyond the tensors (page rounding, small gaps).
         requests: number of these requests.
-        files_cold, files_warm: files opened under a filter and found with less than, or at least,
-            90 % in the page cache; where the system does not tell, cold.
+        files_cold, files_warm, files_unknown: files by what the page cache held of what is kept:
+            less than 90 %, at least that, or the system does not tell. Asked when a second tensor
+            is, or all are.
         seconds: phase -> time: header, filter, plan, wrap (making tensors).
     """
 
@@ -52,6 +53,7 @@ class Stats:
     requests: int = 0
     files_cold: int = 0
     files_warm: int = 0
+    files_unknown: int = 0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:

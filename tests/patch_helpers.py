@@ -19,7 +19,7 @@ import safetensors._safetensors_rust
 import safetensors.numpy
 import safetensors.torch
 
-from stx_patch import _patch
+from stx_patch import _native, _patch
 
 PAGE_BYTES = mmap.PAGESIZE
 
@@ -218,6 +218,11 @@ class PageCache:
     def close(self):
         del self._anchor
         self._map.close()
+
+
+def settle():
+    """Wait until nothing is read ahead any more: helpers run on beside the consumer."""
+    assert _native.core.settle(20_000)
 
 
 def drop_from_cache(path):

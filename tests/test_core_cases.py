@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from helpers import STOCK, native, write_raw
-from patch_helpers import PageCache, drop_from_cache
+from patch_helpers import PAGE_BYTES, PageCache, drop_from_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stx_patch
@@ -82,7 +82,9 @@ def test_a_slice_of_a_cold_file_reads_what_it_shows(cold, name):
         rows = handle.get_slice("a")
         before = stx_patch.stats().bytes_read
         found = rows[index]
-        assert stx_patch.stats().bytes_read - before == expected_bytes
+        asked_bytes = stx_patch.stats().bytes_read - before
+        rounding_bytes = 2 * PAGE_BYTES if expected_bytes else 0
+        assert expected_bytes <= asked_bytes <= expected_bytes + rounding_bytes
     assert torch.equal(found, torch.ones(512, 16384)[index])
 
 

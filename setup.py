@@ -10,6 +10,7 @@ Environment switches, all off by default:
     STX_DEBUG=1                     -O0 -g, assertions on
     STX_SANITIZE=address,undefined  these sanitizers, assertions on
     STX_COVERAGE=1                  gcov counters
+    STX_URING=0                     without io_uring
 
 Something missing stops the build with one line that says what to install. On systems other than
 Linux no extension is built: the package then leaves every load to stock safetensors.
@@ -78,6 +79,18 @@ def pkg_config(library: str, debian_package: str) -> tuple[list[str], list[str]]
     return [re.sub("^-I", "-isystem", flag) for flag in cflags], libs
 
 
+def uring() -> tuple[list[str], list[str]]:
+    """The same of liburing, linked statically where its archive is there: few machines that run a
+    wheel have the shared one. Without it every read goes through threads."""
+    if os.environ.get("STX_URING") == "0":
+        return ["-DSTX_NO_URING"], []
+    flags, libs = pkg_config("liburing", "liburing-dev")
+    tool = os.environ.get("PKG_CONFIG", "pkg-config")
+    folder = subprocess.check_output([tool, "--variable=libdir", "liburing"], text=True).strip()
+    archive = Path(folder, "liburing.a")
+    return flags, [str(archive)] if archive.is_file() else libs
+
+
 def extra_flags() -> tuple[list[str], list[str]]:
     """Compile and link flags; they come after the interpreter's own, so that the last -O wins."""
     compile_flags = ["-O2", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wshadow", "-Wconversion"]
@@ -102,13 +115,14 @@ class BuildNative(build_ext):
     def build_extensions(self) -> None:
         headers = [f"-isystem{python_include()}", f"-isystem{torch_include()}"]
         simdjson_flags, simdjson_libs = pkg_config("simdjson", "libsimdjson-dev")
+        uring_flags, uring_libs = uring()
         for program in (self.compiler.compiler_so[0], self.compiler.compiler_so_cxx[0]):
             if shutil.which(program) is None:
                 stop(f"compiler {program} not found: apt-get install g++")
         compile_flags, link_flags = extra_flags()
         for extension in self.extensions:
-            extension.extra_compile_args = compile_flags + headers
-            extension.extra_link_args = link_flags + simdjson_libs
+            extension.extra_compile_args = compile_flags + headers + uring_flags
+            extension.extra_link_args = link_flags + simdjson_libs + uring_libs
         self.compile_in_pool({".c": C_FLAGS, ".cpp": CPP_FLAGS + simdjson_flags})
         super().build_extensions()
 

@@ -7,8 +7,11 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include "checked.h"
@@ -17,14 +20,16 @@
 #define SYS_cachestat 451 /* the same number on every architecture; Linux 6.5 */
 #endif
 
+#define DIRECT_BYTES 4096 /* what direct reads are aligned to everywhere we know */
+
 /* One pread moves less than 2 GiB on Linux. */
 #define READ_BYTES_MAX (UINT64_C(1) << 30)
 
-static int ask_cached(int fd, uint64_t size_bytes, uint64_t *cached_pages) {
+static int ask_cached(int fd, uint64_t begin_bytes, uint64_t size_bytes, uint64_t *cached_pages) {
     /* struct cachestat_range and struct cachestat of linux/mman.h, which old headers lack. */
     struct {
         uint64_t offset, length;
-    } range = {0, size_bytes}; /* length 0: to the end */
+    } range = {begin_bytes, size_bytes}; /* length 0: to the end */
     struct {
         uint64_t cached, dirty, writeback, evicted, recently_evicted;
     } pages = {0, 0, 0, 0, 0};
@@ -37,7 +42,7 @@ static int ask_cached(int fd, uint64_t size_bytes, uint64_t *cached_pages) {
  * it is missing or forbidden, owners are known by their id. */
 static bool is_told(int fd, const struct stat *status) {
     uint64_t ignored;
-    return ask_cached(fd, 1, &ignored) == 0 || status->st_uid == geteuid();
+    return ask_cached(fd, 0, 1, &ignored) == 0 || status->st_uid == geteuid();
 }
 
 enum stx_status stx_file_open(struct stx_file *file, const char *path, struct stx_err *err) {
@@ -99,11 +104,49 @@ void stx_file_expect_random(const struct stx_file *file) {
     (void)posix_fadvise(file->fd, 0, 0, POSIX_FADV_RANDOM);
 }
 
-enum stx_status stx_file_cached_bytes(const struct stx_file *file, uint64_t *cached_bytes,
+int stx_file_open_direct(const struct stx_file *file) {
+    char path[64];
+    void *block = NULL;
+    (void)snprintf(path, sizeof path, "/proc/self/fd/%d", file->fd);
+    const int fd = open(path, O_RDONLY | O_CLOEXEC | O_DIRECT);
+    if (fd < 0) return -1;
+    const bool proven = posix_memalign(&block, DIRECT_BYTES, DIRECT_BYTES) == 0 &&
+                        pread(fd, block, DIRECT_BYTES, 0) > 0;
+    free(block);
+    if (proven) return fd;
+    (void)close(fd);
+    return -1;
+}
+
+bool stx_file_is_remote(const struct stx_file *file) {
+    struct statfs status;
+    if (fstatfs(file->fd, &status) != 0) return false;
+    switch ((uint32_t)status.f_type) {
+        case UINT32_C(0x6969):     /* NFS */
+        case UINT32_C(0xFF534D42): /* CIFS */
+        case UINT32_C(0xFE534D42): /* SMB 2 */
+        case UINT32_C(0x65735546): /* FUSE */
+        case UINT32_C(0x0BD00BD0): /* Lustre */
+        case UINT32_C(0x00C36400): /* Ceph */
+        case UINT32_C(0x01021997): /* 9p */
+        case UINT32_C(0x47504653): /* GPFS */
+            return true;
+        default:
+            return false;
+    }
+}
+
+enum stx_status stx_file_cached_range(const struct stx_file *file, uint64_t begin_bytes,
+                                      uint64_t end_bytes, uint64_t *cached_bytes,
                                       struct stx_err *err) {
     uint64_t cached_pages;
-    if (ask_cached(file->fd, 0, &cached_pages) != 0)
+    if (ask_cached(file->fd, begin_bytes, end_bytes - begin_bytes, &cached_pages) != 0)
         return stx_err_set(err, STX_ERR_UNSUPPORTED, "page cache residency is not told");
     *cached_bytes = cached_pages * (uint64_t)sysconf(_SC_PAGESIZE);
     return STX_OK;
+}
+
+enum stx_status stx_file_cached_bytes(const struct stx_file *file, uint64_t *cached_bytes,
+                                      struct stx_err *err) {
+    return stx_file_cached_range(file, 0, 0, cached_bytes, err); /* 0: to the end */
 }

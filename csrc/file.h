@@ -38,6 +38,20 @@ void stx_file_close(struct stx_file *file);
 enum stx_status stx_file_read(const struct stx_file *file, void *buffer, uint64_t size_bytes,
                               uint64_t offset_bytes, struct stx_err *err) STX_NODISCARD;
 
+/* A second descriptor of the same file, for reads past the page cache that are aligned to 4096,
+ * where one such read proves that they work; -1 where they do not. Owned by the caller: close(). */
+int stx_file_open_direct(const struct stx_file *file) STX_NODISCARD;
+
+/* How much of [begin, end) the page cache holds, in whole pages. Errors: as stx_file_cached_bytes.
+ */
+enum stx_status stx_file_cached_range(const struct stx_file *file, uint64_t begin_bytes,
+                                      uint64_t end_bytes, uint64_t *cached_bytes,
+                                      struct stx_err *err) STX_NODISCARD;
+
+/* Whether the file lies behind a network or in a process: many reads at a time hide the distance.
+ */
+bool stx_file_is_remote(const struct stx_file *file);
+
 /* Tell the system that whole runs will be read in order, so that its read-ahead window doubles; or
  * that nothing but what is asked for will be read. Hints: what it answers does not matter. */
 void stx_file_expect_sequential(const struct stx_file *file);

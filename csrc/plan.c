@@ -26,7 +26,10 @@ static enum stx_status add_spans(struct stx_plan *plan, struct growth *growth, u
                                  struct stx_err *err) {
     const struct stx_header *header = input->header;
     struct stx_span *open = NULL; /* this file's last span */
-    for (size_t i = 0; i < header->tensors_count; i++) {
+    const size_t end = input->tensors_count == 0
+                           ? header->tensors_count
+                           : (size_t)input->tensor_first + input->tensors_count;
+    for (size_t i = input->tensor_first; i < end; i++) {
         const struct stx_tensor *tensor = &header->tensors[i];
         if (input->keep != NULL && input->keep[i] == 0) continue;
         plan->tensors_kept++;
@@ -56,7 +59,7 @@ static enum stx_status add_spans(struct stx_plan *plan, struct growth *growth, u
 static enum stx_status add_reads(struct stx_plan *plan, struct growth *growth,
                                  const struct stx_span *span, uint64_t file_size_bytes,
                                  const struct stx_plan_limits *limits, uint64_t *covered_bytes,
-                                 struct stx_err *err) {
+                                 uint64_t *memory_bytes, struct stx_err *err) {
     uint64_t at =
         stx_max_u64(stx_align_down(span->begin_bytes, limits->align_bytes), *covered_bytes);
     const uint64_t end =
@@ -67,8 +70,11 @@ static enum stx_status add_reads(struct stx_plan *plan, struct growth *growth,
         if (!stx_array_reserve((void **)&plan->reads, &growth->reads_capacity, plan->reads_count,
                                sizeof *plan->reads))
             return fail_memory(err);
-        plan->reads[plan->reads_count++] = (struct stx_read){
-            .begin_bytes = at, .end_bytes = read_end, .file_index = span->file_index};
+        plan->reads[plan->reads_count++] = (struct stx_read){.begin_bytes = at,
+                                                             .end_bytes = read_end,
+                                                             .file_index = span->file_index,
+                                                             .memory_bytes = *memory_bytes};
+        *memory_bytes += stx_align_up(read_end - at, limits->align_bytes);
         plan->bytes_read += read_end - at;
         at = read_end;
     }
@@ -80,11 +86,11 @@ static enum stx_status build_file(struct stx_plan *plan, struct growth *growth, 
                                   const struct stx_plan_input *input,
                                   const struct stx_plan_limits *limits, struct stx_err *err) {
     const size_t span_first = plan->spans_count;
-    uint64_t covered_bytes = 0;
+    uint64_t covered_bytes = 0, memory_bytes = 0;
     STX_TRY(add_spans(plan, growth, file_index, input, limits->gap_bytes, err));
     for (size_t i = span_first; i < plan->spans_count; i++)
         STX_TRY(add_reads(plan, growth, &plan->spans[i], input->header->file_size_bytes, limits,
-                          &covered_bytes, err));
+                          &covered_bytes, &memory_bytes, err));
     return STX_OK;
 }
 
@@ -99,6 +105,25 @@ enum stx_status stx_plan_build(struct stx_plan *plan, const struct stx_plan_inpu
         status = build_file(plan, &growth, i, &inputs[i], limits, err);
     if (status != STX_OK) stx_plan_free(plan);
     return status;
+}
+
+uint64_t stx_plan_place(const struct stx_read *reads, size_t reads_count, uint64_t offset_bytes) {
+    size_t first = 0, behind = reads_count;
+    while (behind - first > 1) { /* the last read that begins at or before the offset */
+        const size_t middle = first + (behind - first) / 2;
+        if (reads[middle].begin_bytes <= offset_bytes) first = middle;
+        if (reads[middle].begin_bytes > offset_bytes) behind = middle;
+    }
+    assert(reads_count != 0 && reads[first].begin_bytes <= offset_bytes &&
+           offset_bytes < reads[first].end_bytes);
+    return reads[first].memory_bytes + (offset_bytes - reads[first].begin_bytes);
+}
+
+uint64_t stx_plan_memory_bytes(const struct stx_read *reads, size_t reads_count,
+                               uint64_t align_bytes) {
+    if (reads_count == 0) return 0;
+    const struct stx_read *last = &reads[reads_count - 1];
+    return last->memory_bytes + stx_align_up(last->end_bytes - last->begin_bytes, align_bytes);
 }
 
 void stx_plan_free(struct stx_plan *plan) {

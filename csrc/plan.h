@@ -17,10 +17,12 @@
 #include "err.h"
 #include "header.h"
 
-/* One file of a plan. Both are borrowed during stx_plan_build only. */
+/* One file of a plan, or a part of one. Borrowed during stx_plan_build only. */
 struct stx_plan_input {
     const struct stx_header *header;
-    const uint8_t *keep; /* tensors_count flags in offset order; NULL keeps all */
+    const uint8_t *keep;    /* tensors_count flags in offset order; NULL keeps all */
+    uint32_t tensor_first;  /* only tensors from this one on, */
+    uint32_t tensors_count; /* and of these as many; 0: all */
 };
 
 struct stx_plan_limits {
@@ -43,6 +45,7 @@ struct stx_read {
     uint64_t begin_bytes;
     uint64_t end_bytes;
     uint32_t file_index;
+    uint64_t memory_bytes; /* where it lands: offset from the memory of its input */
 };
 
 /* Caller-owned; a zeroed struct is an empty plan. */
@@ -55,6 +58,15 @@ struct stx_plan {
     uint64_t bytes_kept; /* sum of the kept tensors' sizes */
     uint64_t bytes_read; /* sum of the reads' sizes */
 };
+
+/* Where the byte at `offset_bytes` of the file lands in the memory of a piece, whose `reads` hold
+ * it. Bytes that are neighbours in the file and in the plan are neighbours there. */
+uint64_t stx_plan_place(const struct stx_read *reads, size_t reads_count, uint64_t offset_bytes);
+
+/* The memory that the reads of a piece need, with room to round the last one up to the alignment.
+ */
+uint64_t stx_plan_memory_bytes(const struct stx_read *reads, size_t reads_count,
+                               uint64_t align_bytes);
 
 /* Build the plan for `inputs_count` files. On error `plan` is left empty. Errors: STX_ERR_MEMORY.
  */

@@ -15,15 +15,29 @@
 #include "py_ahead.h"
 #include "py_args.h"
 #include "py_err.h"
+#include "py_owned.h"
 #include "py_slice.h"
 
 /* --- life --- */
 
+struct stx_py_file *stx_py_file_retain(struct stx_py_file *file) {
+    if (file != NULL) file->users++;
+    return file;
+}
+
+void stx_py_file_release(struct stx_py_file *file) {
+    if (file == NULL || --file->users != 0) return;
+    stx_file_close(&file->file);
+    PyMem_Free(file);
+}
+
 static void release_source(struct stx_py_handle *self) {
     stx_py_names_free(&self->names);
     stx_source_close(&self->source);
+    stx_py_file_release(self->file);
     PyMem_Free(self->keep);
     PyMem_Free(self->sorted);
+    self->file = NULL;
     self->keep = NULL;
     self->sorted = NULL;
 }
@@ -164,7 +178,7 @@ struct stx_py_place stx_py_handle_place(const struct stx_py_handle *self) {
 PyObject *stx_py_handle_tensor(struct stx_py_handle *self, size_t index,
                                const struct stx_py_place *place, int dispatch_depth) {
     const struct stx_tensor *tensor = &self->source.header.tensors[index];
-    if (dispatch_depth == 0 && stx_py_tensor_is_native(tensor))
+    if (dispatch_depth == 0 && self->file == NULL && stx_py_tensor_is_native(tensor))
         return stx_py_tensor_make(self->state, place, tensor);
     PyObject *py_name = stx_py_names_get(&self->names, index);
     if (py_name == NULL) return NULL;
@@ -193,17 +207,20 @@ static PyObject *give_tensor(struct stx_py_handle *self, size_t index) {
     const struct stx_py_place place = stx_py_handle_place(self);
     const int dispatch_depth = stx_py_torch_dispatch_depth(self->state);
     if (dispatch_depth < 0) return NULL;
-    if (dispatch_depth == 0) stx_py_ahead_tensor(self, index);
+    if (self->file != NULL && dispatch_depth == 0 &&
+        stx_py_owned_is_native(&self->source.header.tensors[index]))
+        return stx_py_owned_tensor(self, index);
+    if (dispatch_depth == 0 && self->file == NULL) stx_py_ahead_tensor(self, index);
     return stx_py_handle_tensor(self, index, &place, dispatch_depth);
 }
 
 static PyObject *give_slice(struct stx_py_handle *self, size_t index) {
-    stx_py_ahead_slice(self);
+    if (self->file == NULL) stx_py_ahead_slice(self);
     const struct stx_py_place place = stx_py_handle_place(self);
     PyObject *py_name = stx_py_names_get(&self->names, index);
     if (py_name == NULL) return NULL;
-    return stx_py_slice_new(self->state, &place, &self->source.header.tensors[index], index,
-                            py_name, self->py_origin);
+    return stx_py_slice_new(self->state, &place, self->file, &self->source.header.tensors[index],
+                            index, py_name, self->py_origin);
 }
 
 static PyObject *give_dtype(struct stx_py_handle *self, size_t index) {
@@ -211,7 +228,7 @@ static PyObject *give_dtype(struct stx_py_handle *self, size_t index) {
 }
 
 static PyObject *give_shape(struct stx_py_handle *self, size_t index) {
-    return stx_py_shape_list(&self->source.header.tensors[index]);
+    return stx_py_tensor_shape(&self->source.header.tensors[index]);
 }
 
 static PyObject *give_nbytes(struct stx_py_handle *self, size_t index) {

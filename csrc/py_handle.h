@@ -13,6 +13,14 @@
 #include "py_tensor.h"
 #include "source.h"
 
+/* A descriptor that a handle and its slices share. GIL held. */
+struct stx_py_file {
+    size_t users;
+    struct stx_file file;
+};
+struct stx_py_file *stx_py_file_retain(struct stx_py_file *file); /* NULL is fine */
+void stx_py_file_release(struct stx_py_file *file);
+
 /* What was asked for in `open`; numbers as _options.py gives them. */
 struct stx_py_options {
     int engine; /* an enum stx_engine_kind */
@@ -32,6 +40,7 @@ enum stx_py_ahead {
 struct stx_py_handle {
     PyObject_HEAD struct stx_py_state *state; /* borrowed: the type keeps the module */
     struct stx_source source;
+    struct stx_py_file *file; /* backend="pread"; NULL where the source is mapped */
     struct stx_py_names names;
     uint8_t *keep;    /* flags in offset order; NULL keeps all */
     uint32_t *sorted; /* indexes by name, all tensors; NULL until keys() */
@@ -65,7 +74,7 @@ PyObject *stx_py_handle_load(struct stx_py_handle *self);
 /* Open the file at `py_path`, a str, without the GIL meanwhile. 0, or -1 with _C.Refused or what
  * importing torch raised. */
 int stx_py_source_open(struct stx_py_state *state, struct stx_source *source, PyObject *py_path,
-                       bool ask_cached);
+                       enum stx_source_how how);
 
 /* _C.open(path, rule, origin) -> handle. Opens natively or raises _C.Refused; what a filter raises
  * comes through as it is. `origin` is the Python object that reaches stock for this file. */

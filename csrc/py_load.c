@@ -6,6 +6,7 @@
  */
 #include "py_ahead.h"
 #include "py_handle.h"
+#include "py_owned.h"
 #include "py_tensor.h"
 
 /* Whether no Python code runs while the dict is made: neither stock's nor a torch mode's. */
@@ -40,6 +41,7 @@ static PyObject *build_dict(struct stx_py_handle *self, int dispatch_depth) {
 
 PyObject *stx_py_handle_load(struct stx_py_handle *self) {
     const int dispatch_depth = stx_py_torch_dispatch_depth(self->state);
+    if (dispatch_depth >= 0 && self->file != NULL) return stx_py_owned_load(self, dispatch_depth);
     if (dispatch_depth < 0 || stx_py_ahead_all(self) != 0) return NULL;
     const uint64_t start_ns = stx_py_clock_ns();
     PyObject *py_tensors = build_dict(self, dispatch_depth);

@@ -6,6 +6,7 @@
 #include <Python.h>
 #include <time.h>
 
+#include "engine.h"
 #include "py_filter.h"
 #include "py_handle.h"
 #include "py_plan.h"
@@ -20,10 +21,11 @@ uint64_t stx_py_clock_ns(void) {
 
 /* Fields of struct stx_py_counters, in its order, as Python sees them. */
 static const char *const counter_names[] = {
-    "opens",         "tensors_native", "keys_kept",     "keys_skipped",    "bytes_kept",
-    "bytes_skipped", "bytes_wanted",   "bytes_read",    "bytes_over_read", "requests",
-    "files_cold",    "files_warm",     "files_unknown", "header_ns",       "filter_ns",
-    "plan_ns",       "wrap_ns"};
+    "opens",          "tensors_native", "keys_kept",     "keys_skipped",    "bytes_kept",
+    "bytes_skipped",  "bytes_wanted",   "bytes_read",    "bytes_over_read", "requests",
+    "files_cold",     "files_warm",     "files_unknown", "retries",         "loads_direct",
+    "loads_buffered", "header_ns",      "filter_ns",     "plan_ns",         "read_ns",
+    "wrap_ns"};
 #define COUNTERS_COUNT (sizeof counter_names / sizeof counter_names[0])
 _Static_assert(sizeof(struct stx_py_counters) == COUNTERS_COUNT * sizeof(uint64_t),
                "a name for each counter");
@@ -47,6 +49,12 @@ static PyObject *module_counters(PyObject *py_module, PyObject *py_unused) {
     return py_counters;
 }
 
+static PyObject *module_engine(PyObject *py_module, PyObject *py_unused) {
+    const struct stx_py_state *state = PyModule_GetState(py_module);
+    (void)py_unused;
+    return Py_BuildValue("(zzz)", state->engine, stx_engine_refusal(), state->why_buffered);
+}
+
 /* For tests and benchmarks: the helpers run on when a load has returned. */
 static PyObject *module_settle(PyObject *py_module, PyObject *py_timeout_ms) {
     bool settled;
@@ -62,14 +70,16 @@ static PyObject *module_settle(PyObject *py_module, PyObject *py_timeout_ms) {
 static PyMethodDef module_methods[] = {
     /* py_open.c */
     {"open", stx_py_handle_open, METH_VARARGS,
-     PyDoc_STR("open(path, rule, origin) -> handle; raises Refused")},
+     PyDoc_STR("open(path, rule, origin, options, reads) -> handle; raises Refused")},
     /* py_plan.c */
     {"explain", stx_py_plan_explain, METH_VARARGS,
-     PyDoc_STR("explain(path, rule) -> dict; raises Refused")},
+     PyDoc_STR("explain(path, rule, reads) -> dict; raises Refused")},
     /* py_filter.c */
     {"match_rule", stx_py_filter_match, METH_VARARGS, PyDoc_STR("match_rule(rule, name) -> bool")},
     /* here */
     {"counters", module_counters, METH_NOARGS, PyDoc_STR("counters() -> dict[str, int]")},
+    {"engine", module_engine, METH_NOARGS,
+     PyDoc_STR("engine() -> (last one used, why not io_uring, why not direct), None each")},
     {"settle", module_settle, METH_O,
      PyDoc_STR("settle(timeout_ms) -> bool: wait until nothing is read ahead")},
     {NULL, NULL, 0, NULL}};

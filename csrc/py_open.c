@@ -42,9 +42,18 @@ static int apply_filter(struct stx_py_handle *self, PyObject *py_rule, PyObject 
     return result;
 }
 
+/* The descriptor of a source that is read moves to where slices can share it. */
+static int share_file(struct stx_py_handle *self) {
+    self->file = PyMem_Malloc(sizeof *self->file);
+    if (self->file == NULL) return PyErr_NoMemory(), -1;
+    *self->file = (struct stx_py_file){.users = 1, .file = self->source.file};
+    self->source.file.fd = -1;
+    return 0;
+}
+
 /* Tell the origin which file this is, so that it can refuse another one later. */
 static int pass_identity(const struct stx_py_handle *self) {
-    const struct stx_file_identity *identity = &self->source.identity;
+    const struct stx_file_identity *identity = &self->source.file.identity;
     PyObject *py_identity = Py_BuildValue(
         "(KKKL)", (unsigned long long)identity->device, (unsigned long long)identity->inode,
         (unsigned long long)identity->size_bytes, (long long)identity->mtime_ns);
@@ -64,6 +73,7 @@ static struct stx_py_handle *new_handle(struct stx_py_state *state, struct stx_s
     }
     self->state = state;
     self->source = *source;
+    self->file = NULL;
     self->names = (struct stx_py_names){0};
     self->keep = NULL;
     self->sorted = NULL;
@@ -75,12 +85,13 @@ static struct stx_py_handle *new_handle(struct stx_py_state *state, struct stx_s
     self->closed = false;
     self->demands_count = 0;
     self->options = *options;
-    self->ahead = options->read_ahead_bytes == 0 ? STX_AHEAD_OFF : STX_AHEAD_UNDECIDED;
+    self->ahead = options->read_ahead_bytes == 0 || source->mapping == NULL ? STX_AHEAD_OFF
+                                                                            : STX_AHEAD_UNDECIDED;
     return self;
 }
 
 int stx_py_source_open(struct stx_py_state *state, struct stx_source *source, PyObject *py_path,
-                       bool ask_cached) {
+                       enum stx_source_how how) {
     struct stx_err err;
     enum stx_status status;
     Py_ssize_t path_bytes = 0;
@@ -93,7 +104,7 @@ int stx_py_source_open(struct stx_py_state *state, struct stx_source *source, Py
         return -1;
     }
     Py_BEGIN_ALLOW_THREADS;
-    status = stx_source_open(source, path, ask_cached, &err);
+    status = stx_source_open(source, path, how, &err);
     Py_END_ALLOW_THREADS;
     if (status != STX_OK) (void)stx_py_raise_refused(state, &err);
     return status == STX_OK ? 0 : -1;
@@ -105,20 +116,24 @@ PyObject *stx_py_handle_open(PyObject *py_module, PyObject *py_arguments) {
     struct stx_py_options options = {0};
     PyObject *py_path, *py_rule, *py_origin;
     long long read_ahead_bytes = -1, inflight_bytes = 0;
-    if (!PyArg_ParseTuple(py_arguments, "UOO|(iLLi):open", &py_path, &py_rule, &py_origin,
-                          &options.engine, &read_ahead_bytes, &inflight_bytes, &options.direct_io))
+    int reads = 0;
+    if (!PyArg_ParseTuple(py_arguments, "UOO(iLLi)p:open", &py_path, &py_rule, &py_origin,
+                          &options.engine, &read_ahead_bytes, &inflight_bytes, &options.direct_io,
+                          &reads))
         return NULL;
     options.read_ahead_bytes = read_ahead_bytes;
     options.inflight_bytes = inflight_bytes;
     const uint64_t start_ns = stx_py_clock_ns();
-    const int opened = stx_py_source_open(state, &source, py_path, false);
+    const int opened =
+        stx_py_source_open(state, &source, py_path, reads ? STX_SOURCE_FILE : STX_SOURCE_MAPPED);
     state->counters.header_ns += stx_py_clock_ns() - start_ns;
     if (opened != 0) return NULL;
     state->counters.requests += source.header_reads_count;
     state->counters.bytes_read += source.header_read_bytes;
     struct stx_py_handle *self = new_handle(state, &source, &options, py_origin);
     if (self == NULL) return NULL;
-    if (stx_py_names_init(&self->names, &self->source.header) != 0 || pass_identity(self) != 0 ||
+    if ((reads && share_file(self) != 0) ||
+        stx_py_names_init(&self->names, &self->source.header) != 0 || pass_identity(self) != 0 ||
         apply_filter(self, py_rule, py_path) != 0) {
         Py_DECREF(self);
         return NULL;

@@ -4,6 +4,7 @@
  */
 #include "py_plan.h"
 
+#include "owned.h"
 #include "py_filter.h"
 #include "py_handle.h"
 #include "py_tensor.h"
@@ -14,14 +15,19 @@
 #define ALIGN_BYTES 4096
 #define BLOCK_BYTES ((uint64_t)8 << 20) /* what a helper of the read-ahead takes at a time */
 
-int stx_py_plan_build(struct stx_plan *plan, const struct stx_header *header, const uint8_t *keep) {
+static int build(struct stx_plan *plan, const struct stx_header *header, const uint8_t *keep,
+                 const struct stx_plan_limits *limits) {
     const struct stx_plan_input input = {.header = header, .keep = keep};
-    const struct stx_plan_limits limits = {
-        .gap_bytes = GAP_BYTES, .align_bytes = ALIGN_BYTES, .block_bytes = BLOCK_BYTES};
     struct stx_err err;
-    if (stx_plan_build(plan, &input, 1, &limits, &err) == STX_OK) return 0;
+    if (stx_plan_build(plan, &input, 1, limits, &err) == STX_OK) return 0;
     PyErr_NoMemory();
     return -1;
+}
+
+int stx_py_plan_build(struct stx_plan *plan, const struct stx_header *header, const uint8_t *keep) {
+    const struct stx_plan_limits limits = {
+        .gap_bytes = GAP_BYTES, .align_bytes = ALIGN_BYTES, .block_bytes = BLOCK_BYTES};
+    return build(plan, header, keep, &limits);
 }
 
 struct stx_range *stx_py_plan_ranges(const struct stx_plan *plan) {
@@ -95,7 +101,8 @@ static PyObject *tell(const struct stx_source *source, const uint8_t *keep,
 }
 
 static PyObject *filter_and_tell(struct stx_py_state *state, const struct stx_source *source,
-                                 PyObject *py_rule, PyObject *py_path) {
+                                 PyObject *py_rule, PyObject *py_path, bool reads) {
+    const struct stx_plan_limits limits = stx_owned_limits(source->header.file_size_bytes);
     struct stx_py_names names = {0};
     struct stx_plan plan = {0};
     uint8_t *keep = NULL;
@@ -106,7 +113,8 @@ static PyObject *filter_and_tell(struct stx_py_state *state, const struct stx_so
         if (keep == NULL) PyErr_NoMemory();
         if (keep == NULL || stx_py_filter_run(state, py_rule, py_path, &names, keep) != 0) goto out;
     }
-    if (stx_py_plan_build(&plan, &source->header, keep) == 0)
+    if ((reads ? build(&plan, &source->header, keep, &limits)
+               : stx_py_plan_build(&plan, &source->header, keep)) == 0)
         py_told = tell(source, keep, &plan, list_spans(&plan));
 out:
     stx_plan_free(&plan);
@@ -119,9 +127,10 @@ PyObject *stx_py_plan_explain(PyObject *py_module, PyObject *py_arguments) {
     struct stx_py_state *state = PyModule_GetState(py_module);
     struct stx_source source;
     PyObject *py_path, *py_rule;
-    if (!PyArg_ParseTuple(py_arguments, "UO:explain", &py_path, &py_rule)) return NULL;
-    if (stx_py_source_open(state, &source, py_path, true) != 0) return NULL;
-    PyObject *py_told = filter_and_tell(state, &source, py_rule, py_path);
+    int reads;
+    if (!PyArg_ParseTuple(py_arguments, "UOp:explain", &py_path, &py_rule, &reads)) return NULL;
+    if (stx_py_source_open(state, &source, py_path, STX_SOURCE_ASKED) != 0) return NULL;
+    PyObject *py_told = filter_and_tell(state, &source, py_rule, py_path, reads != 0);
     stx_source_close(&source);
     return py_told;
 }

@@ -19,8 +19,8 @@ int stx_py_plan_build(struct stx_plan *plan, const struct stx_header *header, co
 /* The plan's reads, for the read-ahead: freed with free(). NULL without memory. No GIL needed. */
 struct stx_range *stx_py_plan_ranges(const struct stx_plan *plan);
 
-/* _C.explain(path, rule) -> dict: header and filter are gone through, then the plan is told instead
- * of run; nothing is counted. Raises _C.Refused, or what a filter raises. */
+/* _C.explain(path, rule, reads) -> dict: header and filter are gone through, then the plan is told
+ * instead of run; nothing is counted. Raises _C.Refused, or what a filter raises. */
 PyObject *stx_py_plan_explain(PyObject *py_module, PyObject *py_arguments);
 
 #endif

@@ -13,32 +13,21 @@
 #include <string.h>
 
 #include "py_ahead.h"
+#include "py_owned.h"
 
 struct slice {
     PyObject_HEAD struct stx_py_state *state; /* borrowed: the type keeps the module */
     struct stx_py_place place;                /* this slice is a user of its mapping */
+    struct stx_py_file *file;                 /* or of this; then nothing is mapped */
     struct stx_tensor tensor;                 /* its shape is owned, its name is not used */
     size_t index;                             /* in the file's order */
     PyObject *py_name;
     PyObject *py_origin;
 };
 
-PyObject *stx_py_shape_list(const struct stx_tensor *tensor) {
-    PyObject *py_shape = PyList_New((Py_ssize_t)tensor->rank);
-    if (py_shape == NULL) return NULL;
-    for (uint32_t i = 0; i < tensor->rank; i++) {
-        PyObject *py_extent = PyLong_FromUnsignedLongLong(tensor->shape[i]);
-        if (py_extent == NULL || PyList_SetItem(py_shape, (Py_ssize_t)i, py_extent) != 0) {
-            Py_DECREF(py_shape);
-            return NULL;
-        }
-    }
-    return py_shape;
-}
-
 PyObject *stx_py_slice_new(struct stx_py_state *state, const struct stx_py_place *place,
-                           const struct stx_tensor *tensor, size_t index, PyObject *py_name,
-                           PyObject *py_origin) {
+                           struct stx_py_file *file, const struct stx_tensor *tensor, size_t index,
+                           PyObject *py_name, PyObject *py_origin) {
     const size_t shape_bytes = tensor->rank * sizeof *tensor->shape;
     uint64_t *shape = PyMem_Malloc(shape_bytes + 1);
     if (shape == NULL) return PyErr_NoMemory();
@@ -48,7 +37,8 @@ PyObject *stx_py_slice_new(struct stx_py_state *state, const struct stx_py_place
         PyMem_Free(shape);
         return NULL;
     }
-    stx_mapping_retain(place->mapping);
+    if (place->mapping != NULL) stx_mapping_retain(place->mapping);
+    self->file = stx_py_file_retain(file);
     self->state = state;
     self->place = *place;
     self->tensor = *tensor;
@@ -79,6 +69,7 @@ static void slice_dealloc(PyObject *py_self) {
     PyObject_GC_UnTrack(py_self);
     PyMem_Free((void *)(uintptr_t)self->tensor.shape);
     stx_mapping_release(self->place.mapping);
+    stx_py_file_release(self->file);
     Py_XDECREF(self->py_name);
     Py_XDECREF(self->py_origin);
     PyObject_GC_Del(py_self);
@@ -87,7 +78,7 @@ static void slice_dealloc(PyObject *py_self) {
 
 static PyObject *slice_get_shape(PyObject *py_self, PyObject *py_unused) {
     (void)py_unused;
-    return stx_py_shape_list(&((struct slice *)py_self)->tensor);
+    return stx_py_tensor_shape(&((struct slice *)py_self)->tensor);
 }
 
 static PyObject *slice_get_dtype(PyObject *py_self, PyObject *py_unused) {
@@ -141,6 +132,32 @@ static PyObject *make_indexed(const struct slice *self, int function_depth) {
     return py_moved;
 }
 
+/* Of a file that is read: Python finds out which rows an index needs; what it does not know is
+ * stock's. */
+static PyObject *index_owned(PyObject *py_self, PyObject *py_index, int function_depth) {
+    const struct slice *self = (const struct slice *)py_self;
+    if (function_depth == 0 && self->tensor.rank != 0) {
+        PyObject *py_found =
+            PyObject_CallMethod(self->py_origin, "owned_slice", "OO", py_self, py_index);
+        if (py_found != Py_NotImplemented) return py_found;
+        Py_DECREF(py_found);
+    }
+    return PyObject_CallMethod(self->py_origin, "stock_slice", "OO", self->py_name, py_index);
+}
+
+static PyObject *slice_rows(PyObject *py_self, PyObject *py_arguments) {
+    const struct slice *self = (const struct slice *)py_self;
+    unsigned long long first, count;
+    if (!PyArg_ParseTuple(py_arguments, "KK:_rows", &first, &count)) return NULL;
+    const uint64_t rows = self->tensor.rank == 0 ? 0 : self->tensor.shape[0];
+    if (self->file == NULL || first > rows || count > rows - first) {
+        PyErr_SetString(PyExc_ValueError, "no such rows");
+        return NULL;
+    }
+    return stx_py_owned_rows(self->state, &self->file->file, self->place.data_begin_bytes,
+                             &self->tensor, first, count);
+}
+
 static PyObject *slice_index(PyObject *py_self, PyObject *py_index) {
     const struct slice *self = (struct slice *)py_self;
     const int dispatch_depth = stx_py_torch_dispatch_depth(self->state);
@@ -149,6 +166,7 @@ static PyObject *slice_index(PyObject *py_self, PyObject *py_index) {
     if (dispatch_depth != 0 || self->tensor.dtype == STX_DTYPE_F4 ||
         !stx_py_tensor_is_native(&self->tensor))
         return PyObject_CallMethod(self->py_origin, "stock_slice", "OO", self->py_name, py_index);
+    if (self->file != NULL) return index_owned(py_self, py_index, function_depth);
     PyObject *py_tensor = make_indexed(self, function_depth);
     if (py_tensor == NULL) return NULL;
     PyObject *py_result = PyObject_GetItem(py_tensor, py_index);
@@ -173,6 +191,7 @@ static PyMethodDef slice_methods[] = {
                "int.")},
     {"get_dtype", slice_get_dtype, METH_NOARGS,
      PyDoc_STR("get_dtype($self)\n--\n\nThe dtype as the header spells it, such as \"BF16\".")},
+    {"_rows", slice_rows, METH_VARARGS, PyDoc_STR("_rows($self, first, count)\n--\n\n")},
     {NULL, NULL, 0, NULL}};
 
 static PyType_Slot slice_slots[] = {

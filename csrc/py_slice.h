@@ -7,15 +7,12 @@
 #define STX_PY_SLICE_H
 
 #include "header.h"
-#include "py_tensor.h"
+#include "py_handle.h"
 
-/* A new slice of the tensor at `index`. It becomes a user of the place's mapping and holds
- * `py_name` and `py_origin`. */
+/* A new slice of the tensor at `index`. It becomes a user of the place's mapping, or of `file`, and
+ * holds `py_name` and `py_origin`. */
 PyObject *stx_py_slice_new(struct stx_py_state *state, const struct stx_py_place *place,
-                           const struct stx_tensor *tensor, size_t index, PyObject *py_name,
-                           PyObject *py_origin);
-
-/* `tensor`'s shape as a new list of int. NULL with an exception. */
-PyObject *stx_py_shape_list(const struct stx_tensor *tensor);
+                           struct stx_py_file *file, const struct stx_tensor *tensor, size_t index,
+                           PyObject *py_name, PyObject *py_origin);
 
 #endif

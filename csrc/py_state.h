@@ -46,9 +46,13 @@ struct stx_py_counters {
     uint64_t files_cold;
     uint64_t files_warm;
     uint64_t files_unknown;
+    uint64_t retries;
+    uint64_t loads_direct;
+    uint64_t loads_buffered;
     uint64_t header_ns;
     uint64_t filter_ns;
     uint64_t plan_ns;
+    uint64_t read_ns;
     uint64_t wrap_ns;
 };
 
@@ -60,6 +64,8 @@ struct stx_py_state {
     PyObject *tensor_key;        /* stx_patch._filter.TensorKey; NULL until a callable filter */
     struct stx_py_torch torch;
     struct stx_py_counters counters;
+    const char *engine;       /* of the last load that needed one; static, NULL at first */
+    const char *why_buffered; /* why that load was not direct; static, NULL if it was */
 };
 
 /* Type specs, each defined in the file of its type. */

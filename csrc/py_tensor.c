@@ -30,7 +30,16 @@
 #define HAVE_EXCHANGE_API 1
 #endif
 
-/* One tensor's claim on its mapping, freed by the deleter. The versioned and the legacy form share
+/* What a tensor's bytes belong to: a mapping, or a part of an arena; neither for no bytes. */
+struct memory {
+    struct stx_mapping *mapping;
+    struct stx_arena *arena;
+    uint64_t begin_bytes; /* in the arena */
+    uint64_t size_bytes;
+    void *data;
+};
+
+/* One tensor's claim on its memory, freed by the deleter. The versioned and the legacy form share
  * it; which one is in use follows from how it was handed over. */
 struct claim {
     union {
@@ -39,12 +48,17 @@ struct claim {
 #endif
         DLManagedTensor legacy;
     } managed;
-    struct stx_mapping *mapping;
+    struct memory memory;
     int64_t extents[]; /* shape, then strides */
 };
 
 static void free_claim(struct claim *claim) {
-    stx_mapping_release(claim->mapping);
+    const struct memory *memory = &claim->memory;
+    if (memory->arena != NULL)
+        stx_arena_give_back(memory->arena, memory->begin_bytes,
+                            memory->begin_bytes + memory->size_bytes);
+    stx_arena_release(memory->arena);
+    stx_mapping_release(memory->mapping);
     free(claim);
 }
 
@@ -184,16 +198,16 @@ static void fill_extents(int64_t *extents, const struct stx_tensor *tensor, bool
     }
 }
 
-static PyObject *make_with(const struct stx_py_state *state, struct stx_mapping *mapping,
-                           void *data, const struct stx_tensor *tensor, DLDataType dtype,
-                           bool halved) {
+static PyObject *make_with(const struct stx_py_state *state, const struct memory *memory,
+                           const struct stx_tensor *tensor, DLDataType dtype, bool halved) {
     struct claim *claim =
         malloc(sizeof *claim + 2 * (size_t)tensor->rank * sizeof claim->extents[0]);
     if (claim == NULL) return PyErr_NoMemory();
-    claim->mapping = mapping;
-    if (mapping != NULL) stx_mapping_retain(mapping);
+    claim->memory = *memory;
+    if (memory->mapping != NULL) stx_mapping_retain(memory->mapping);
+    if (memory->arena != NULL) stx_arena_retain(memory->arena);
     fill_extents(claim->extents, tensor, halved);
-    const DLTensor view = {.data = data,
+    const DLTensor view = {.data = memory->data,
                            .device = {.device_type = kDLCPU, .device_id = 0},
                            .ndim = (int32_t)tensor->rank,
                            .dtype = dtype,
@@ -204,10 +218,10 @@ static PyObject *make_with(const struct stx_py_state *state, struct stx_mapping 
     return hand_over_legacy(state, claim, &view);
 }
 
-static PyObject *make_viewed(const struct stx_py_state *state, struct stx_mapping *mapping,
-                             void *data, const struct stx_tensor *tensor) {
-    PyObject *py_bytes = make_with(state, mapping, data, tensor, dlpack_dtype(STX_DTYPE_U8),
-                                   tensor->dtype == STX_DTYPE_F4);
+static PyObject *make_viewed(const struct stx_py_state *state, const struct memory *memory,
+                             const struct stx_tensor *tensor) {
+    PyObject *py_bytes =
+        make_with(state, memory, tensor, dlpack_dtype(STX_DTYPE_U8), tensor->dtype == STX_DTYPE_F4);
     if (py_bytes == NULL) return NULL;
     PyObject *py_tensor =
         PyObject_CallMethod(py_bytes, "view", "O", state->torch.dtypes[tensor->dtype]);
@@ -230,8 +244,9 @@ static int probe_route(struct stx_py_state *state, enum stx_dtype dtype) {
         state->torch.routes[dtype] = STX_ROUTE_DIRECT;
         return 0;
     }
+    const struct memory unclaimed = {.data = element};
     PyObject *py_probe =
-        make_with(state, NULL, element, &one, dlpack_dtype(dtype), dtype == STX_DTYPE_F4);
+        make_with(state, &unclaimed, &one, dlpack_dtype(dtype), dtype == STX_DTYPE_F4);
     PyObject *py_got = py_probe == NULL ? NULL : PyObject_GetAttrString(py_probe, "dtype");
     const bool refused = py_probe == NULL && (PyErr_ExceptionMatches(PyExc_RuntimeError) ||
                                               PyErr_ExceptionMatches(PyExc_BufferError));
@@ -256,24 +271,75 @@ bool stx_py_tensor_is_native(const struct stx_tensor *tensor) {
     return true;
 }
 
-PyObject *stx_py_tensor_make(struct stx_py_state *state, const struct stx_py_place *place,
-                             const struct stx_tensor *tensor) {
-    const uint64_t size_bytes = tensor->end - tensor->begin;
+static PyObject *make(struct stx_py_state *state, const struct memory *memory,
+                      const struct stx_tensor *tensor) {
     const enum stx_dtype dtype = tensor->dtype;
-    /* An empty tensor has no address: a neighbour's would look like shared memory. */
-    struct stx_mapping *const memory = size_bytes == 0 ? NULL : place->mapping;
-    char *const data =
-        memory == NULL ? NULL : stx_mapping_bytes(memory) + place->data_begin_bytes + tensor->begin;
     if (state->torch.routes[dtype] == STX_ROUTE_UNKNOWN && probe_route(state, dtype) != 0)
         return NULL;
     PyObject *py_tensor =
         state->torch.routes[dtype] == STX_ROUTE_DIRECT
-            ? make_with(state, memory, data, tensor, dlpack_dtype(dtype), dtype == STX_DTYPE_F4)
-            : make_viewed(state, memory, data, tensor);
+            ? make_with(state, memory, tensor, dlpack_dtype(dtype), dtype == STX_DTYPE_F4)
+            : make_viewed(state, memory, tensor);
     if (py_tensor == NULL) return NULL;
     state->counters.tensors_native++;
-    state->counters.bytes_wanted += size_bytes;
+    state->counters.bytes_wanted += tensor->end - tensor->begin;
     return py_tensor;
+}
+
+/* An empty tensor has no address: a neighbour's would look like shared memory. */
+static const struct memory no_memory = {.data = NULL};
+
+PyObject *stx_py_tensor_make(struct stx_py_state *state, const struct stx_py_place *place,
+                             const struct stx_tensor *tensor) {
+    if (tensor->begin == tensor->end) return make(state, &no_memory, tensor);
+    const struct memory memory = {
+        .mapping = place->mapping,
+        .data = stx_mapping_bytes(place->mapping) + place->data_begin_bytes + tensor->begin};
+    return make(state, &memory, tensor);
+}
+
+PyObject *stx_py_tensor_shape(const struct stx_tensor *tensor) {
+    PyObject *py_shape = PyList_New((Py_ssize_t)tensor->rank);
+    if (py_shape == NULL) return NULL;
+    for (uint32_t i = 0; i < tensor->rank; i++) {
+        PyObject *py_extent = PyLong_FromUnsignedLongLong(tensor->shape[i]);
+        if (py_extent == NULL || PyList_SetItem(py_shape, (Py_ssize_t)i, py_extent) != 0) {
+            Py_DECREF(py_shape);
+            return NULL;
+        }
+    }
+    return py_shape;
+}
+
+/* torch.zeros(shape, dtype=dtype), which is what stock makes of no bytes that it reads: it follows
+ * modes of torch that other tensors do not. */
+static PyObject *make_zeros(struct stx_py_state *state, const struct stx_tensor *tensor) {
+    if (state->torch.routes[tensor->dtype] == STX_ROUTE_UNKNOWN &&
+        probe_route(state, tensor->dtype) != 0)
+        return NULL;
+    PyObject *py_zeros = PyObject_GetAttrString(state->torch.module, "zeros");
+    PyObject *py_shape = stx_py_tensor_shape(tensor);
+    PyObject *py_arguments = py_shape == NULL ? NULL : Py_BuildValue("(O)", py_shape);
+    PyObject *py_keywords = Py_BuildValue("{s:O}", "dtype", state->torch.dtypes[tensor->dtype]);
+    PyObject *py_tensor = NULL;
+    if (py_zeros != NULL && py_arguments != NULL && py_keywords != NULL)
+        py_tensor = PyObject_Call(py_zeros, py_arguments, py_keywords);
+    Py_XDECREF(py_keywords);
+    Py_XDECREF(py_arguments);
+    Py_XDECREF(py_shape);
+    Py_XDECREF(py_zeros);
+    if (py_tensor != NULL) state->counters.tensors_native++;
+    return py_tensor;
+}
+
+PyObject *stx_py_tensor_make_owned(struct stx_py_state *state, struct stx_arena *arena,
+                                   uint64_t offset_bytes, const struct stx_tensor *tensor) {
+    if (tensor->begin == tensor->end) return make_zeros(state, tensor);
+    const struct memory memory = {.arena = arena,
+                                  .begin_bytes = offset_bytes,
+                                  .size_bytes = tensor->end - tensor->begin,
+                                  .data = stx_arena_bytes(arena) + offset_bytes};
+    return make(state, &memory, tensor);
 }
 
 /* --- what is looked up in torch --- */
@@ -315,21 +381,4 @@ void stx_py_torch_clear(struct stx_py_state *state) {
     Py_CLEAR(state->torch.function_stack_depth);
     for (int dtype = 0; dtype < STX_DTYPE_COUNT; dtype++) Py_CLEAR(state->torch.dtypes[dtype]);
     Py_CLEAR(state->torch.module);
-}
-
-static int read_depth(PyObject *py_function) {
-    if (py_function == NULL) return 0;
-    PyObject *py_depth = PyObject_CallNoArgs(py_function);
-    if (py_depth == NULL) return -1;
-    const long depth = PyLong_AsLong(py_depth);
-    Py_DECREF(py_depth);
-    return (int)depth;
-}
-
-int stx_py_torch_dispatch_depth(const struct stx_py_state *state) {
-    return read_depth(state->torch.dispatch_stack_depth);
-}
-
-int stx_py_torch_function_depth(const struct stx_py_state *state) {
-    return read_depth(state->torch.function_stack_depth);
 }

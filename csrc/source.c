@@ -55,8 +55,9 @@ out:
     return STX_OK;
 }
 
-static enum stx_status open_parts(struct stx_source *source, const struct stx_file *file,
-                                  bool ask_cached, struct stx_err *err) {
+static enum stx_status open_parts(struct stx_source *source, enum stx_source_how how,
+                                  struct stx_err *err) {
+    const struct stx_file *file = &source->file;
     struct stx_err ignored;
     char *text = NULL;
     uint64_t json_bytes = 0;
@@ -65,27 +66,29 @@ static enum stx_status open_parts(struct stx_source *source, const struct stx_fi
     const enum stx_status status = stx_header_parse(&source->header, text + STX_HEADER_PREFIX_BYTES,
                                                     json_bytes, file->identity.size_bytes, err);
     free(text);
-    if (status != STX_OK) return status;
-    if (ask_cached && stx_file_cached_bytes(file, &source->cached_bytes, &ignored) != STX_OK)
+    if (status != STX_OK || how == STX_SOURCE_FILE) return status;
+    if (how == STX_SOURCE_ASKED &&
+        stx_file_cached_bytes(file, &source->cached_bytes, &ignored) != STX_OK)
         source->cached_bytes = 0;
     stx_file_expect_sequential(file); /* holds for the mapping too: it shares the open file */
     return stx_mapping_open(&source->mapping, file, err);
 }
 
-enum stx_status stx_source_open(struct stx_source *source, const char *path, bool ask_cached,
-                                struct stx_err *err) {
-    struct stx_file file;
-    *source = (struct stx_source){0};
-    STX_TRY(stx_file_open(&file, path, err));
-    source->identity = file.identity;
-    const enum stx_status status = open_parts(source, &file, ask_cached, err);
-    stx_file_close(&file);
-    if (status != STX_OK) stx_source_close(source);
+enum stx_status stx_source_open(struct stx_source *source, const char *path,
+                                enum stx_source_how how, struct stx_err *err) {
+    *source = (struct stx_source){.file = {.fd = -1}};
+    STX_TRY(stx_file_open(&source->file, path, err));
+    const enum stx_status status = open_parts(source, how, err);
+    if (status != STX_OK)
+        stx_source_close(source);
+    else if (how != STX_SOURCE_FILE)
+        stx_file_close(&source->file);
     return status;
 }
 
 void stx_source_close(struct stx_source *source) {
     stx_header_free(&source->header);
     stx_mapping_release(source->mapping);
+    stx_file_close(&source->file);
     source->mapping = NULL;
 }

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * One safetensors file, opened for private mapping: its header, its mapping, its identity.
+ * One safetensors file, opened: its header, its identity, and its bytes either as a private mapping
+ * or behind a descriptor.
  *
- * Opening reads the header and nothing else, and leaves no descriptor open. Everything that can be
- * refused is refused here.
+ * Opening reads the header and nothing else. A mapped source leaves no descriptor open. Everything
+ * that can be refused is refused here.
  */
 #ifndef STX_SOURCE_H
 #define STX_SOURCE_H
@@ -16,23 +17,30 @@
 #include "header.h"
 #include "mapping.h"
 
-/* Caller-owned; a zeroed struct is a closed source. */
+/* Caller-owned; a zeroed struct with `file.fd` -1 is a closed source. */
 struct stx_source {
     struct stx_header header;
-    struct stx_mapping *mapping; /* the source is one of its users */
-    struct stx_file_identity identity;
+    struct stx_mapping *mapping; /* the source is one of its users; NULL with STX_SOURCE_FILE */
+    struct stx_file file;        /* fd -1 unless STX_SOURCE_FILE */
     uint64_t header_reads_count; /* requests that reading the header took */
     uint64_t header_read_bytes;
     uint64_t cached_bytes; /* in the page cache when it was opened, if asked; 0 where unknown */
 };
 
-/* Open the file at `path`; `ask_cached` also asks what the page cache holds of it. Slow: call it
- * without the interpreter's lock. On error nothing stays open. Errors: STX_ERR_IO, STX_ERR_FORMAT
- * with the byte position, STX_ERR_UNSUPPORTED, STX_ERR_MEMORY. */
-enum stx_status stx_source_open(struct stx_source *source, const char *path, bool ask_cached,
-                                struct stx_err *err) STX_NODISCARD;
+enum stx_source_how {
+    STX_SOURCE_MAPPED,
+    STX_SOURCE_FILE,  /* no mapping, but the descriptor stays open */
+    STX_SOURCE_ASKED, /* mapped, and asked what the page cache holds of it */
+};
 
-/* Give up the header and this source's use of the mapping; tensors made from it stay valid. */
+/* Open the file at `path`. Slow: call it without the interpreter's lock. On error nothing stays
+ * open. Errors: STX_ERR_IO, STX_ERR_FORMAT with the byte position, STX_ERR_UNSUPPORTED,
+ * STX_ERR_MEMORY. */
+enum stx_status stx_source_open(struct stx_source *source, const char *path,
+                                enum stx_source_how how, struct stx_err *err) STX_NODISCARD;
+
+/* Give up the header, the descriptor and this source's use of the mapping; tensors made from it
+ * stay valid. */
 void stx_source_close(struct stx_source *source);
 
 #endif

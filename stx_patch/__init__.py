@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from . import filters
 from ._errors import StxFilterWarning, StxWarning
 from ._filter import TensorKey
+from ._options import Options
 from ._patch import is_patched, patch, patched, unpatch
 from ._stats import Stats, reset_stats, stats
 
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
+    "Options",
     "Stats",
     "StxFilterWarning",
     "StxWarning",

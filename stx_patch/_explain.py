@@ -20,6 +20,7 @@ _HOW = {
     "warm": "in the page cache: nothing is asked of the system",
     "dense": "all of it is read beside the consumer",
     "sparse": "exactly what is kept is read beside the consumer",
+    "owned": "read into memory of its own before the load returns",
     "stock": "safetensors decides",
 }
 _WARM = 2  # of the core's enum stx_residency
@@ -41,7 +42,8 @@ class FileExplanation:
     Attributes:
         filename: the file.
         native: whether our core would serve it; `reason` says why not.
-        policy: "nothing", "warm", "dense", "sparse" or "stock"; `str()` has a sentence for each.
+        policy: "nothing", "warm", "dense", "sparse", "owned" or
+            "stock"; `str()` has a sentence for each.
         tensors_kept, tensors_skipped: header entries, by the filter's decision.
         bytes_kept, bytes_skipped: their sizes.
         tensors_by_stock: kept tensors that stock would make: all, where the file is stock's.
@@ -151,6 +153,7 @@ def explain(
     framework: str = "pt",
     backend: str = "mmap",
     include_keys: Iterable[str] | None = None,
+    **options: Any,
 ) -> Explanation:
     """Say what loading a file, or each file of a list, would do; read headers and nothing else.
 
@@ -161,14 +164,17 @@ def explain(
         framework: as for `safe_open`.
         backend: "mmap" or "pread".
         include_keys: exact names, instead of `tensor_filter`.
+        **options: as for `load_file`.
 
     Raises:
         FileNotFoundError, OSError, SafetensorError: what loading the file raises.
         TypeError, ValueError: a filter that is none, or contradictory keywords.
     """
     _stock.take()
-    own = {"tensor_filter": tensor_filter, "include_keys": include_keys}
+    own: dict[str, Any] = {"tensor_filter": tensor_filter, "include_keys": include_keys, **options}
     request = Request(True, (), own)
+    if own:
+        raise TypeError(f"explain() got an unexpected keyword argument {next(iter(own))!r}")
     filenames = filename if isinstance(filename, list) else [filename]
     return Explanation(
         tuple(_explain_file(request, one, framework, device, backend) for one in filenames)
@@ -182,18 +188,19 @@ def _explain_file(
     reason = refuse({}, path, framework, device, backend)
     if reason is None:
         assert path is not None
+        reads = backend == "pread"
         try:
-            return _from_core(path, _native.core.explain(path, request.rule))
+            return _from_core(path, _native.core.explain(path, request.rule, reads), reads)
         except _native.core.Refused as refusal:
             reason = explain_refusal(path, refusal)
     return _by_stock(request, filename, framework, device, backend, reason)
 
 
-def _from_core(path: str, told: dict[str, Any]) -> FileExplanation:
+def _from_core(path: str, told: dict[str, Any], reads: bool) -> FileExplanation:
     skipped = told["tensors"] - told["tensors_kept"]
     data_bytes = told["data_bytes"]
-    policy = "sparse" if skipped else "dense"
-    if told["residency"] == _WARM:
+    policy = "owned" if reads else "sparse" if skipped else "dense"
+    if told["residency"] == _WARM and not reads:
         policy = "warm" if told["reads"] else "nothing"
     return FileExplanation(
         filename=path,

@@ -27,6 +27,7 @@ def load_file(
     tensor_filter: _filter.TensorFilter = None,
     include_keys: Iterable[str] | None = None,
     strict_filter: bool = False,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """Load the tensors of a safetensors file that a filter keeps.
 
@@ -38,6 +39,7 @@ def load_file(
             `patch()`, if one is in force, has to keep them.
         include_keys: exact names, instead of `tensor_filter`.
         strict_filter: an error where a name or pattern matches nothing, or nothing is kept.
+        **options: how to read: the fields of `stx_patch.Options`.
 
     Returns:
         A dict in file order. Each tensor owns its storage and stays valid by itself.
@@ -53,6 +55,7 @@ def load_file(
         "tensor_filter": tensor_filter,
         "include_keys": include_keys,
         "strict_filter": strict_filter,
+        **options,
     }
     return _load_file(True, (filename,), keywords)
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from . import _filter, _stats, _stock
+from . import _filter, _owned, _stats, _stock
 
 _BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
@@ -57,6 +57,10 @@ class Origin:
         tensor = self._stock().get_slice(name)[index]
         _stats.count_stock_tensors(1)
         return tensor
+
+    def owned_slice(self, entry: Any, index: Any) -> Any:
+        """`entry[index]` of a file that is read, or NotImplemented. Called by the core."""
+        return _owned.take(entry, entry.get_shape(), index)
 
     def stock_attribute(self, handle: Any, attribute: str) -> Any:
         """An attribute that stock's handle has and ours lacks, else NotImplemented."""

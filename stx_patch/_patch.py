@@ -23,17 +23,18 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from . import _filter, _native, _stats, _stock
+from . import _filter, _native, _options, _stats, _stock
 from ._errors import StxWarning, warn
 
 
 class Entry:
     """One active patch: what `patch()` or a block asked for."""
 
-    __slots__ = ("rule",)
+    __slots__ = ("options", "rule")
 
-    def __init__(self, rule: _filter.Rule | None) -> None:
+    def __init__(self, rule: _filter.Rule | None, options: _options.Options) -> None:
         self.rule = rule
+        self.options = options
 
 
 _lock = threading.RLock()
@@ -61,22 +62,25 @@ def current() -> Entry | None:
     return entries[-1] if entries else None
 
 
-def patch(tensor_filter: _filter.TensorFilter = None) -> None:
+def patch(tensor_filter: _filter.TensorFilter = None, **options: Any) -> None:
     """Serve safetensors in this process natively, wherever its functions are bound.
 
     For applications: a library should call `stx_patch.safe_open` and `load_file` itself. Calling it
-    again replaces the filter. Does nothing while the environment says STX_PATCH=0.
+    again replaces filter and options. Does nothing while the environment says STX_PATCH=0.
 
     Args:
         tensor_filter: which tensors exist for every file opened from now on: a callable asked about
             each TensorKey, a glob or a list of globs, a set of names, or a `filters` object. None
             keeps everything. A name left out does not exist for the caller.
+        **options: how files are read: the fields of `stx_patch.Options`. What is not given comes
+            from the environment as it is now (STX_PATCH_ENGINE and so on).
 
     Raises:
-        TypeError: `tensor_filter` is none of these.
+        TypeError: `tensor_filter` is none of these, or a keyword is no option.
+        ValueError: an option's value, or that of its variable.
     """
     global _entries, _process_entry
-    entry = Entry(_filter.make_rule(tensor_filter))
+    entry = Entry(_filter.make_rule(tensor_filter), _options.from_environment(options))
     if _is_disabled():
         return
     _warn_once_without_extension()
@@ -104,14 +108,14 @@ def unpatch() -> None:
 
 
 @contextmanager
-def patched(tensor_filter: _filter.TensorFilter = None) -> Iterator[_stats.Report]:
+def patched(tensor_filter: _filter.TensorFilter = None, **options: Any) -> Iterator[_stats.Report]:
     """`patch()` for a block; yields the block's live `Stats`.
 
     The patch holds for the process, all threads included, until the block ends. What is in force
     when a file is opened holds for that handle.
     """
     global _entries
-    entry = Entry(_filter.make_rule(tensor_filter))
+    entry = Entry(_filter.make_rule(tensor_filter), _options.from_environment(options))
     report = _stats.Report()
     if _is_disabled():
         try:

@@ -17,11 +17,12 @@ import pkgutil
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from . import _filter, _native, _origin, _patch, _stats, _stock
+from . import _filter, _native, _options, _origin, _patch, _stats, _stock
 from ._errors import StxFilterWarning, warn
 
 _FRAMEWORKS = frozenset(("pt", "torch", "pytorch"))
-_OWN_KEYWORDS = frozenset(("tensor_filter", "include_keys", "strict_filter"))
+_OWN_KEYWORDS = frozenset(("tensor_filter", "include_keys", "strict_filter", *_options.NAMES))
+_BACKENDS = ("mmap", "pread")
 
 if TYPE_CHECKING:
 
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
             tensor_filter: _filter.TensorFilter = None,
             include_keys: Iterable[str] | None = None,
             strict_filter: bool = False,
+            engine: str = "auto",
+            read_ahead: _options.Size = "auto",
+            inflight_bytes: _options.Size = "auto",
+            direct_io: str = "auto",
         ) -> None: ...
         def __enter__(self) -> SafeOpen: ...
         def __exit__(self, *exc_info: object) -> None: ...
@@ -62,19 +67,24 @@ class Request:
         rule: what both the filter in force and the call's own keep; None keeps everything.
         own_rule: the call's own part of it.
         strict: the call's `strict_filter`.
+        options: how to read: the call's, else those in force.
         public: whether it came through `stx_patch` itself, not through a patched name.
     """
 
-    __slots__ = ("arguments", "keywords", "own_rule", "public", "rule", "strict")
+    __slots__ = ("arguments", "keywords", "options", "own_rule", "public", "rule", "strict")
 
     def __init__(self, public: bool, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         own = {name: keywords.pop(name) for name in _OWN_KEYWORDS & keywords.keys()}
         self.public = public
         self.arguments = arguments
         self.keywords = keywords
-        self.strict = bool(own.get("strict_filter", False))
-        self.own_rule = _own_rule(own.get("tensor_filter"), own.get("include_keys"))
+        self.strict = bool(own.pop("strict_filter", False))
+        self.own_rule = _own_rule(own.pop("tensor_filter", None), own.pop("include_keys", None))
         entry = _patch.current()
+        if entry is None:
+            self.options = _options.from_environment(own)
+        else:
+            self.options = _options.with_keywords(entry.options, own)
         self.rule = _filter.both(None if entry is None else entry.rule, self.own_rule)
 
 
@@ -105,7 +115,8 @@ def open_native(
         known = {name: keywords[name] for name in keywords if name in _stock.parameters}
         origin = _origin.Origin(path, (), known)
         try:
-            return _native.core.open(path, request.rule, origin)
+            how = request.options.core
+            return _native.core.open(path, request.rule, origin, how, backend == "pread")
         except _native.core.Refused as refusal:
             reason = explain_refusal(path, refusal)
     _stats.count_fallback(reason)
@@ -149,7 +160,7 @@ def refuse(
         return f"framework {framework}" if isinstance(framework, str) else "arguments"
     if device is not None and not (isinstance(device, str) and device == "cpu"):
         return f"device {device}" if isinstance(device, (str, int)) else "arguments"
-    if not isinstance(backend, str) or backend != "mmap":
+    if not isinstance(backend, str) or backend not in _BACKENDS:
         return f"backend {backend}" if isinstance(backend, str) else "arguments"
     return None if _native.torch_is_ready() else "torch missing"
 
@@ -325,6 +336,10 @@ def _public_signature() -> inspect.Signature:
         tensor_filter: Any = None,
         include_keys: Any = None,
         strict_filter: bool = False,
+        engine: str = "auto",
+        read_ahead: Any = "auto",
+        inflight_bytes: Any = "auto",
+        direct_io: str = "auto",
     ) -> None: ...
 
     return inspect.signature(signature).replace(return_annotation=inspect.Signature.empty)

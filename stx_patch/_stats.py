@@ -13,7 +13,7 @@ from typing import Any
 
 from . import _native
 
-_PHASES = ("header", "filter", "plan", "wrap")
+_PHASES = ("header", "filter", "plan", "read", "wrap")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,13 @@ class Stats:
         files_cold, files_warm, files_unknown: files by what the page cache held of what is kept:
             less than 90 %, at least that, or the system does not tell. Asked when a second tensor
             is, or all are.
-        seconds: phase -> time: header, filter, plan, wrap (making tensors).
+        retries: requests that were repeated, for what a short or interrupted read left.
+        loads_direct, loads_buffered: reads into memory of our own (`backend="pread"`, `tensors()`)
+            that went past the page cache, or through it.
+        engine: what did the last such read that was worth an engine: "uring", "threads" or None.
+        engine_reason: why it was not a better one, or not direct; None if nothing was in the way.
+        seconds: phase -> time: header, filter, plan, read (waiting for memory of our own), wrap
+            (making tensors).
     """
 
     opens: int = 0
@@ -54,6 +60,11 @@ class Stats:
     files_cold: int = 0
     files_warm: int = 0
     files_unknown: int = 0
+    retries: int = 0
+    loads_direct: int = 0
+    loads_buffered: int = 0
+    engine: str | None = None
+    engine_reason: str | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -140,13 +151,23 @@ def count_stock_tensors(count: int) -> None:
 def _totals() -> Stats:
     counters: dict[str, int] = {} if _native.core is None else _native.core.counters()
     seconds = {phase: counters.pop(phase + "_ns", 0) / 1e9 for phase in _PHASES}
+    engine, *reasons = (None, None) if _native.core is None else _native.core.engine()
+    if engine != "threads":
+        reasons = reasons[1:]  # io_uring was refused only where something else did the work
     with _lock:
         return Stats(
-            **counters, seconds=seconds, tensors_stock=_tensors_stock, fallbacks=dict(_fallbacks)
+            **counters,
+            engine=engine,
+            engine_reason="; ".join(filter(None, reasons)) or None,
+            seconds=seconds,
+            tensors_stock=_tensors_stock,
+            fallbacks=dict(_fallbacks),
         )
 
 
 def _subtract(later: Any, earlier: Any) -> Any:
+    if later is None or isinstance(later, str):
+        return later
     if not isinstance(later, dict):
         return later - earlier
     differences = {key: value - earlier.get(key, 0) for key, value in later.items()}

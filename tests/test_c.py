@@ -57,7 +57,7 @@ def compile_program(core, tmp_path, *sources):
     binary = tmp_path / sources[0].stem
     flags = ["-std=c11", "-D_GNU_SOURCE", *WARNINGS, *sanitize(sanitizer)]
     folders = ["-I", ROOT / "csrc", "-I", ROOT / "tests" / "c"]
-    libraries = [library, "-lsimdjson", "-lstdc++", "-lpthread"]
+    libraries = [library, "-luring", "-lsimdjson", "-lstdc++", "-lpthread"]
     compile_with("gcc", *flags, *folders, *sources, *libraries, "-o", binary)
     return binary
 
@@ -68,6 +68,17 @@ def test_what_fuzzing_kept(core, tmp_path):
     assert len(inputs) >= 100
     binary = compile_program(core, tmp_path, FUZZ / "fuzz_header.c", FUZZ / "replay.c")
     run("setarch", "-R", binary, *inputs)
+
+
+@pytest.mark.parametrize("program", ["test_engine", "test_load"])
+def test_program_without_liburing(tmp_path, program):
+    """A build with STX_URING=0 does everything with threads."""
+    sources = [ROOT / "tests" / "c" / f"{program}.c", *(ROOT / "csrc").glob("engine*.c")]
+    sources += [ROOT / "csrc" / f"{name}.c" for name in ("load", "thread", "err")]
+    flags = ["-std=c11", "-D_GNU_SOURCE", "-DSTX_NO_URING", *WARNINGS, *sanitize(SANITIZERS[0])]
+    folders = ["-I", ROOT / "csrc", "-I", ROOT / "tests" / "c"]
+    compile_with("gcc", *flags, *folders, *sources, "-lpthread", "-o", tmp_path / program)
+    run(tmp_path / program)
 
 
 def run(*command, **environment):

@@ -56,7 +56,7 @@ static void check_no_file(const char *path, enum stx_status expected, int sys_er
     struct stx_source source;
     CHECK(stx_file_open(&file, path, &err) == expected && file.fd == -1);
     CHECK(expected != STX_ERR_IO || err.sys_errno == sys_errno);
-    CHECK(stx_source_open(&source, path, true, &err) == expected);
+    CHECK(stx_source_open(&source, path, STX_SOURCE_ASKED, &err) == expected);
     CHECK(source.mapping == NULL && source.header.tensors == NULL);
     stx_source_close(&source);
 }
@@ -96,22 +96,33 @@ static void test_sources(const char *path) {
         struct stx_source source;
         const size_t size_bytes = make_file(bytes, lengths[i]);
         write_file(path, bytes, size_bytes);
-        CHECK(stx_source_open(&source, path, i % 2 == 0, &err) == STX_OK);
+        CHECK(stx_source_open(&source, path, i % 2 == 0 ? STX_SOURCE_ASKED : STX_SOURCE_MAPPED,
+                              &err) == STX_OK);
+        CHECK(source.file.fd == -1);
         const struct stx_tensor *tensor = stx_header_find(&source.header, "a", 1);
         const char *data = stx_mapping_bytes(source.mapping) + source.header.data_begin_bytes;
         CHECK(tensor != NULL && memcmp(data + tensor->begin, "abc", 3) == 0);
         CHECK(source.header_reads_count == (8 + lengths[i] > 65536 ? 2u : 1u));
-        CHECK(source.identity.size_bytes == size_bytes);
+        CHECK(source.file.identity.size_bytes == size_bytes);
         stx_source_close(&source);
         CHECK(source.mapping == NULL && source.header.tensors == NULL);
         stx_source_close(&source);
+        char read_back[3];
+        CHECK(stx_source_open(&source, path, STX_SOURCE_FILE, &err) == STX_OK);
+        CHECK(source.mapping == NULL && source.file.fd >= 0);
+        CHECK(stx_file_read(&source.file, read_back, 3, source.header.data_begin_bytes, &err) ==
+              STX_OK);
+        CHECK(memcmp(read_back, "abc", 3) == 0);
+        stx_source_close(&source);
+        CHECK(source.file.fd == -1);
         write_file(path, bytes, size_bytes - 1);
-        CHECK(stx_source_open(&source, path, false, &err) == STX_ERR_FORMAT);
+        CHECK(stx_source_open(&source, path, STX_SOURCE_MAPPED, &err) == STX_ERR_FORMAT);
         CHECK(err.position_bytes == 8 + lengths[i]);
     }
     write_file(path, "short", 5);
     struct stx_source source;
-    CHECK(stx_source_open(&source, path, false, &err) == STX_ERR_FORMAT && err.position_bytes == 5);
+    CHECK(stx_source_open(&source, path, STX_SOURCE_MAPPED, &err) == STX_ERR_FORMAT &&
+          err.position_bytes == 5);
     free(bytes);
 }
 

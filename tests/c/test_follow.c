@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Proves: what is given out ahead of a consumer: each byte once, never more than the limit, in the
- * order that the consumer shows, and nothing to one that shows none.
+ * Description: what is given out ahead of a consumer: each byte once, never more than the
+ * limit, in the order that the consumer shows, and nothing to one that shows none.
  */
 #include "follow.h"
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Proves: helpers read what they are told and nothing else, keep a mapping only while it has users,
- * survive a truncated file and a fork, and leave when they have nothing to do.
+ * Description: helpers read what they are told and nothing else, keep a mapping only while it
+ * has users, survive a truncated file and a fork, and leave when they have nothing to do.
  */
 #include "readahead.h"
 

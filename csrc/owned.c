@@ -106,6 +106,15 @@ static void populating_close(struct populating *populating) {
 
 /* --- the load --- */
 
+enum stx_status stx_owned_run(const struct stx_load_job *job, struct stx_load_result *result,
+                              struct stx_err *err) {
+    const enum stx_status status = stx_load_run(job, result, err);
+    if (status != STX_ERR_UNSUPPORTED || job->limits.engine == STX_ENGINE_AUTO) return status;
+    struct stx_load_job any = *job;
+    any.limits.engine = STX_ENGINE_AUTO;
+    return stx_load_run(&any, result, err);
+}
+
 /* The exact bytes of each span, one after the other. */
 static enum stx_status read_small(const struct stx_file *file, const struct stx_plan *plan,
                                   struct stx_arena *arena, struct stx_load_result *result,
@@ -162,7 +171,7 @@ static enum stx_status read_large(const struct stx_plan *plan, struct stx_arena 
                                                .keep_going = keep_going},
                                      .limits = way->limits};
     populating_open(&populating, arena);
-    const enum stx_status status = stx_load_run(&job, result, err);
+    const enum stx_status status = stx_owned_run(&job, result, err);
     populating_close(&populating);
     return status;
 }

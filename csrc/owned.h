@@ -53,6 +53,10 @@ void stx_owned_way_open(struct stx_owned_way *way, const struct stx_file *file,
                         const struct stx_owned_options *options);
 void stx_owned_way_close(struct stx_owned_way *way);
 
+/* stx_load_run, with the best engine there is where the one that `job` names is not to be had. */
+enum stx_status stx_owned_run(const struct stx_load_job *job, struct stx_load_result *result,
+                              struct stx_err *err) STX_NODISCARD;
+
 /* Asked at least every 100 ms; false cancels. */
 struct stx_owned_patience {
     bool (*keep_going)(void *context);

@@ -17,19 +17,9 @@
 #include "py_err.h"
 #include "py_owned.h"
 #include "py_slice.h"
+#include "py_stream.h"
 
 /* --- life --- */
-
-struct stx_py_file *stx_py_file_retain(struct stx_py_file *file) {
-    if (file != NULL) file->users++;
-    return file;
-}
-
-void stx_py_file_release(struct stx_py_file *file) {
-    if (file == NULL || --file->users != 0) return;
-    stx_file_close(&file->file);
-    PyMem_Free(file);
-}
 
 static void release_source(struct stx_py_handle *self) {
     stx_py_names_free(&self->names);
@@ -52,9 +42,13 @@ static bool enter(struct stx_py_handle *self) {
     return true;
 }
 
+void stx_py_handle_leave(struct stx_py_handle *self) {
+    if (--self->busy == 0 && self->closed) release_source(self);
+}
+
 /* End a method; passes its result on. */
 static PyObject *leave(struct stx_py_handle *self, PyObject *py_result) {
-    if (--self->busy == 0 && self->closed) release_source(self);
+    stx_py_handle_leave(self);
     return py_result;
 }
 
@@ -254,6 +248,12 @@ static PyObject *handle_get_tensors(PyObject *py_self, PyObject *py_unused) {
     return enter(self) ? leave(self, stx_py_handle_load(self)) : NULL;
 }
 
+static PyObject *handle_tensors(PyObject *py_self, PyObject *py_unused) {
+    struct stx_py_handle *self = (struct stx_py_handle *)py_self;
+    (void)py_unused;
+    return enter(self) ? leave(self, stx_py_stream_new(self)) : NULL;
+}
+
 /* --- the rest --- */
 
 static PyObject *handle_total_tensor_size(PyObject *py_self, void *unused) {
@@ -352,6 +352,9 @@ static PyMethodDef handle_methods[] = {
                "SafetensorError if there is none.")},
     {"get_tensors", handle_get_tensors, METH_NOARGS,
      PyDoc_STR("get_tensors($self)\n--\n\nAll tensors: a dict in file order.")},
+    {"tensors", handle_tensors, METH_NOARGS,
+     PyDoc_STR("tensors($self)\n--\n\nIterate over (name, tensor) in file order; each tensor is in "
+               "memory of its own.\nReads ahead within a window of memory.")},
     {"get_slice", WITH_NAME(handle_get_slice),
      PyDoc_STR("get_slice($self, name)\n--\n\nA lazy slice of the tensor called name; index it.\n"
                "SafetensorError if there is none.")},

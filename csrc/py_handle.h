@@ -68,6 +68,9 @@ struct stx_py_place stx_py_handle_place(const struct stx_py_handle *self);
 PyObject *stx_py_handle_tensor(struct stx_py_handle *self, size_t index,
                                const struct stx_py_place *place, int dispatch_depth);
 
+/* One of those who count in `busy` leaves: the last one of a closed handle frees it. */
+void stx_py_handle_leave(struct stx_py_handle *self);
+
 /* A dict of all kept tensors in file order (py_load.c). NULL with an exception. */
 PyObject *stx_py_handle_load(struct stx_py_handle *self);
 

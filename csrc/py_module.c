@@ -7,6 +7,7 @@
 #include <time.h>
 
 #include "engine.h"
+#include "py_bytes.h"
 #include "py_filter.h"
 #include "py_handle.h"
 #include "py_plan.h"
@@ -74,6 +75,9 @@ static PyMethodDef module_methods[] = {
     /* py_plan.c */
     {"explain", stx_py_plan_explain, METH_VARARGS,
      PyDoc_STR("explain(path, rule, reads) -> dict; raises Refused")},
+    /* py_bytes.c */
+    {"load_bytes", stx_py_bytes_load, METH_VARARGS,
+     PyDoc_STR("load_bytes(data, rule) -> dict; raises Refused")},
     /* py_filter.c */
     {"match_rule", stx_py_filter_match, METH_VARARGS, PyDoc_STR("match_rule(rule, name) -> bool")},
     /* here */
@@ -90,10 +94,13 @@ static int module_exec(PyObject *py_module) {
         (PyTypeObject *)PyType_FromModuleAndSpec(py_module, &stx_py_handle_spec, NULL);
     state->slice_type =
         (PyTypeObject *)PyType_FromModuleAndSpec(py_module, &stx_py_slice_spec, NULL);
+    state->stream_type =
+        (PyTypeObject *)PyType_FromModuleAndSpec(py_module, &stx_py_stream_spec, NULL);
     state->refused = PyErr_NewExceptionWithDoc(
         "stx_patch._C.Refused", "(kind, text, position): this file is stock's to serve.", NULL,
         NULL);
-    if (state->handle_type == NULL || state->slice_type == NULL || state->refused == NULL ||
+    if (state->handle_type == NULL || state->slice_type == NULL || state->stream_type == NULL ||
+        state->refused == NULL ||
         PyModule_AddObjectRef(py_module, "Handle", (PyObject *)state->handle_type) != 0 ||
         PyModule_AddObjectRef(py_module, "Slice", (PyObject *)state->slice_type) != 0 ||
         PyModule_AddObjectRef(py_module, "Refused", state->refused) != 0)
@@ -105,6 +112,7 @@ static int module_traverse(PyObject *py_module, visitproc visit, void *arg) {
     const struct stx_py_state *state = PyModule_GetState(py_module);
     Py_VISIT(state->handle_type);
     Py_VISIT(state->slice_type);
+    Py_VISIT(state->stream_type);
     Py_VISIT(state->refused);
     Py_VISIT(state->safetensors_error);
     Py_VISIT(state->tensor_key);
@@ -116,6 +124,7 @@ static int module_clear(PyObject *py_module) {
     struct stx_py_state *state = PyModule_GetState(py_module);
     Py_CLEAR(state->handle_type);
     Py_CLEAR(state->slice_type);
+    Py_CLEAR(state->stream_type);
     Py_CLEAR(state->refused);
     Py_CLEAR(state->safetensors_error);
     Py_CLEAR(state->tensor_key);

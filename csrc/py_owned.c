@@ -6,9 +6,24 @@
 #include "py_owned.h"
 
 #include <string.h>
+#include <sys/stat.h>
 
+#include "checked.h"
 #include "py_err.h"
 #include "py_tensor.h"
+
+/* --- the descriptor --- */
+
+struct stx_py_file *stx_py_file_retain(struct stx_py_file *file) {
+    if (file != NULL) file->users++;
+    return file;
+}
+
+void stx_py_file_release(struct stx_py_file *file) {
+    if (file == NULL || --file->users != 0) return;
+    stx_file_close(&file->file);
+    PyMem_Free(file);
+}
 
 /* --- what the core needs to know, and what it tells --- */
 
@@ -33,28 +48,53 @@ void stx_py_owned_count(struct stx_py_state *state, const struct stx_load_result
     state->why_buffered = result->direct ? NULL : why_buffered;
 }
 
-PyObject *stx_py_owned_raise(const struct stx_py_state *state, PyObject *py_name,
-                             const struct stx_err *err) {
-    if (err->status == STX_ERR_MEMORY)
-        return PyErr_Format(PyExc_MemoryError, "tensor %U: %s", py_name, err->message);
-    if (err->sys_errno == 0)
-        return PyErr_Format(
-            state->safetensors_error, "Could not read tensor %U from file: %s", py_name,
-            err->status == STX_ERR_IO ? "failed to fill whole buffer" : err->message);
-    return PyErr_Format(state->safetensors_error,
-                        "Could not read tensor %U from file: %s (os error %d)", py_name,
-                        strerror(err->sys_errno), err->sys_errno);
+/* The first kept tensor, from `first` on, that a file which was cut short does not hold any more:
+ * stock reads in that order. The last one, if the file has grown again. */
+static size_t find_cut(const struct stx_py_handle *self, size_t first, uint64_t size_bytes) {
+    const struct stx_header *header = &self->source.header;
+    size_t last = first;
+    for (size_t i = first; i < header->tensors_count; i++) {
+        if (!stx_py_handle_keeps(self, i)) continue;
+        last = i;
+        if (header->data_begin_bytes + header->tensors[i].end > size_bytes) break;
+    }
+    return last;
 }
 
-size_t stx_py_owned_find(const struct stx_header *header, uint64_t offset_bytes) {
+/* The tensor that holds the byte at `offset_bytes` of the file, or the nearest behind it. */
+static size_t find_tensor(const struct stx_header *header, uint64_t offset_bytes) {
     size_t first = 0, behind = header->tensors_count;
-    const uint64_t at = offset_bytes - header->data_begin_bytes;
+    const uint64_t at = offset_bytes - stx_min_u64(offset_bytes, header->data_begin_bytes);
     while (behind - first > 1) { /* the last tensor that begins at or before it */
         const size_t middle = first + (behind - first) / 2;
         if (header->tensors[middle].begin <= at) first = middle;
         if (header->tensors[middle].begin > at) behind = middle;
     }
     return first;
+}
+
+PyObject *stx_py_owned_raise(struct stx_py_handle *self, const struct stx_file *file, size_t first,
+                             uint64_t offset_bytes, const struct stx_err *err) {
+    PyObject *const py_error = self->state->safetensors_error;
+    struct stat status;
+    if (err->status != STX_ERR_IO) {
+        PyObject *py_path = PyObject_GetAttrString(self->py_origin, "_path");
+        if (py_path != NULL)
+            PyErr_Format(err->status == STX_ERR_MEMORY ? PyExc_MemoryError : py_error, "%U: %s",
+                         py_path, err->message);
+        Py_XDECREF(py_path);
+        return NULL;
+    }
+    const bool is_cut = err->sys_errno == 0 && fstat(file->fd, &status) == 0;
+    const size_t index = is_cut ? find_cut(self, first, (uint64_t)status.st_size)
+                                : find_tensor(&self->source.header, offset_bytes);
+    PyObject *py_name = stx_py_names_get(&self->names, index);
+    if (py_name == NULL) return NULL;
+    if (err->sys_errno == 0)
+        return PyErr_Format(
+            py_error, "Could not read tensor %U from file: failed to fill whole buffer", py_name);
+    return PyErr_Format(py_error, "Could not read tensor %U from file: %s (os error %d)", py_name,
+                        strerror(err->sys_errno), err->sys_errno);
 }
 
 /* A signal handler that raises ends the load. */
@@ -73,8 +113,8 @@ static bool ask_python(void *context) {
 
 /* --- reading --- */
 
-/* Read `plan` into `*arena`, which is made for it. 0, or -1 with an exception; `py_name` is the
- * tensor to name, or NULL to find it. */
+/* Read `plan` into `*arena`, which is made for it. 0; or -1 with an exception, if a signal handler
+ * raised one, else with `err` and where in the file that was. */
 static int read_plan(struct stx_py_state *state, const struct stx_file *file,
                      const struct stx_plan *plan, const struct stx_owned_options *options,
                      struct stx_arena **arena, uint64_t *failed_offset_bytes, struct stx_err *err) {
@@ -129,9 +169,9 @@ static uint64_t place_of(const struct stx_py_handle *self, const struct stx_plan
                           self->source.header.data_begin_bytes + tensor->begin);
 }
 
-/* Run a plan; `index` is the tensor to name in an error, SIZE_MAX: the one that failed. */
+/* Memory with all that a plan reads, whose first tensor may be `first`. NULL with an exception. */
 static struct stx_arena *run_plan(struct stx_py_handle *self, const struct stx_plan *plan,
-                                  size_t index) {
+                                  size_t first) {
     const struct stx_owned_options options = stx_py_owned_options(self);
     struct stx_arena *arena = NULL;
     struct stx_err err = {.status = STX_OK};
@@ -139,10 +179,8 @@ static struct stx_arena *run_plan(struct stx_py_handle *self, const struct stx_p
     if (read_plan(self->state, &self->file->file, plan, &options, &arena, &failed_offset_bytes,
                   &err) == 0)
         return arena;
-    if (PyErr_Occurred()) return NULL;
-    if (index == SIZE_MAX) index = stx_py_owned_find(&self->source.header, failed_offset_bytes);
-    PyObject *py_name = stx_py_names_get(&self->names, index);
-    if (py_name != NULL) (void)stx_py_owned_raise(self->state, py_name, &err);
+    if (!PyErr_Occurred())
+        (void)stx_py_owned_raise(self, &self->file->file, first, failed_offset_bytes, &err);
     return NULL;
 }
 
@@ -199,7 +237,7 @@ PyObject *stx_py_owned_load(struct stx_py_handle *self, int dispatch_depth) {
     const uint64_t start_ns = stx_py_clock_ns();
     if (plan_tensors(self, 0, 0, &plan) != 0) return NULL;
     self->state->counters.plan_ns += stx_py_clock_ns() - start_ns;
-    struct stx_arena *arena = run_plan(self, &plan, SIZE_MAX);
+    struct stx_arena *arena = run_plan(self, &plan, 0);
     PyObject *py_tensors = arena == NULL ? NULL : hand_out_all(self, arena, &plan, dispatch_depth);
     stx_arena_release(arena);
     stx_plan_free(&plan);
@@ -233,7 +271,7 @@ PyObject *stx_py_owned_rows(struct stx_py_state *state, const struct stx_file *f
         state->counters.bytes_read += rows.end;
         py_rows = stx_py_tensor_make_owned(state, arena, 0, &rows);
     } else if (status == STX_ERR_MEMORY) {
-        PyErr_NoMemory();
+        PyErr_SetString(PyExc_MemoryError, err.message);
     } else {
         PyErr_Format(state->safetensors_error, "Could not read tensor bytes for slicing: %s",
                      err.sys_errno == 0 ? "failed to fill whole buffer" : strerror(err.sys_errno));

@@ -26,9 +26,11 @@ PyObject *stx_py_owned_rows(struct stx_py_state *state, const struct stx_file *f
                             uint64_t data_begin_bytes, const struct stx_tensor *tensor,
                             uint64_t first, uint64_t count);
 
-/* SafetensorError as stock has it for a tensor that cannot be read, or MemoryError. NULL. */
-PyObject *stx_py_owned_raise(const struct stx_py_state *state, PyObject *py_name,
-                             const struct stx_err *err);
+/* What reading `file` for a handle ended with: SafetensorError as stock has it, naming the tensor
+ * at `offset_bytes` of the file, or the first from `first` on that a file cut short does not hold;
+ * MemoryError naming the file. NULL. */
+PyObject *stx_py_owned_raise(struct stx_py_handle *self, const struct stx_file *file, size_t first,
+                             uint64_t offset_bytes, const struct stx_err *err);
 
 /* Add what a load did to the counters, and how it was done. */
 void stx_py_owned_count(struct stx_py_state *state, const struct stx_load_result *result,
@@ -36,8 +38,5 @@ void stx_py_owned_count(struct stx_py_state *state, const struct stx_load_result
 
 /* The core's form of a handle's options. */
 struct stx_owned_options stx_py_owned_options(const struct stx_py_handle *self);
-
-/* The tensor of `header` that holds the byte at `offset_bytes` of the file. */
-size_t stx_py_owned_find(const struct stx_header *header, uint64_t offset_bytes);
 
 #endif

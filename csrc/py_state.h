@@ -59,6 +59,7 @@ struct stx_py_counters {
 struct stx_py_state {
     PyTypeObject *handle_type;
     PyTypeObject *slice_type;
+    PyTypeObject *stream_type;
     PyObject *refused;           /* _C.Refused: this file is stock's */
     PyObject *safetensors_error; /* safetensors.SafetensorError; NULL until the first open */
     PyObject *tensor_key;        /* stx_patch._filter.TensorKey; NULL until a callable filter */
@@ -71,6 +72,7 @@ struct stx_py_state {
 /* Type specs, each defined in the file of its type. */
 extern PyType_Spec stx_py_handle_spec;
 extern PyType_Spec stx_py_slice_spec;
+extern PyType_Spec stx_py_stream_spec;
 
 /* Nanoseconds of the monotonic clock, for the phase counters. */
 uint64_t stx_py_clock_ns(void);

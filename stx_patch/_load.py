@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from . import _filter, _origin, _patch, _stats, _stock
+from . import _filter, _native, _origin, _patch, _stats, _stock
 from ._safe_open import Request, check_result, fspath, is_stock_call, open_native
 
 if TYPE_CHECKING:
@@ -132,6 +132,10 @@ def _load_bytes(home: str, arguments: tuple[Any, ...], keywords: dict[str, Any])
     """The body of the stand-ins of `load`: stock's values, our filter."""
     entry = None if _stock.is_bypassed() else _patch.current()
     stock = _stock.function(home, "load")
+    if entry is not None and home == _stock.TORCH:
+        native = _load_bytes_native(entry.rule, arguments, keywords)
+        if native is not None:
+            return native
     with _stock.bypass():  # one home's load may call another's
         tensors: dict[str, Any] = stock(*arguments, **keywords)
     if entry is None:
@@ -142,6 +146,30 @@ def _load_bytes(home: str, arguments: tuple[Any, ...], keywords: dict[str, Any])
         tensors = {name: tensor for name, tensor in tensors.items() if name in kept}
     _stats.count_stock_tensors(len(tensors))
     return tensors
+
+
+def _load_bytes_native(
+    rule: _filter.Rule | None, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> dict[str, Any] | None:
+    """One owned copy of what is kept, or None for what stock is to serve or to refuse."""
+    if len(arguments) + len(keywords) != 1 or _native.core is None or not _native.torch_is_ready():
+        return None
+    data = arguments[0] if arguments else keywords.get("data")
+    if type(data) is not bytes or _modes_are_active():
+        return None
+    try:
+        tensors: dict[str, Any] = _native.core.load_bytes(data, rule)
+    except _native.core.Refused:
+        return None
+    return tensors
+
+
+def _modes_are_active() -> bool:
+    """Whether torch is made to do something else with the functions that stock calls."""
+    import torch
+
+    depths = ("_len_torch_dispatch_stack", "_len_torch_function_stack")
+    return any(getattr(torch._C, name, int)() for name in depths)
 
 
 def _keep_items(rule: _filter.Rule, data: bytes) -> frozenset[str]:

@@ -70,6 +70,8 @@ def take(entry: Any, shape: Sequence[int], index: Any) -> Any:
     if size_bytes == 0:
         return torch.zeros(found.shape, dtype=found.dtype)
     if size_bytes == rows.nbytes:
-        return found
+        return rows.view(found.shape)  # steps over single elements leave odd strides
+    if found.dtype is torch.bool:  # copying bool values would make every byte 0 or 1
+        found = found.view(torch.uint8)
     memory = torch.frombuffer(bytearray(size_bytes), dtype=found.dtype)
-    return memory.reshape(found.shape).copy_(found)
+    return memory.reshape(found.shape).copy_(found).view(rows.dtype)

@@ -24,15 +24,15 @@ LONG_FUNCTIONS: dict[str, int] = {}
 
 # Arrows point down: a file includes only files of a lower layer, or of its own.
 LAYERS = [
-    ("err", "checked", "array", "memory", "dtype", "thread"),
+    ("err", "checked", "array", "memory", "dtype", "thread", "copy"),
     ("json", "json_simdjson", "header"),
     ("plan", "match", "order", "follow"),
     ("file", "mapping", "residency", "readahead", "source", "arena"),
     ("engine", "engine_uring", "engine_threads"),
-    ("load", "owned"),
+    ("load", "owned", "stream"),
     ("py_state", "py_err", "py_args", "py_names", "py_modes"),
     ("py_tensor", "py_filter"),
-    ("py_slice", "py_handle", "py_load", "py_open", "py_plan", "py_ahead", "py_owned"),
+    ("py_slice", "py_handle", "py_load", "py_open", "py_plan", "py_ahead", "py_owned", "py_stream", "py_bytes"),
     ("py_module",),
 ]
 LAYER_OF = {stem: number for number, stems in enumerate(LAYERS) for stem in stems}

@@ -1,0 +1,304 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Streams.
+ *
+ * DESIGN. The tensors are cut into pieces of about an eighth of the window, at tensor borders; each
+ * is an input of one plan and gets a block of memory of its own when its turn comes. The loop of
+ * load.c runs in the stream's thread; its hooks and the consumer meet under one lock. A piece
+ * counts against the window from the moment its memory is made until the consumer asks for the next
+ * one, so that a consumer who drops what it was given holds the window and one piece at most.
+ */
+#include "stream.h"
+
+#include <assert.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "checked.h"
+#include "thread.h"
+
+#define PIECES_IN_WINDOW 8
+
+struct piece {
+    uint32_t tensor_first;
+    uint32_t tensors_count;
+    size_t read_first;
+    size_t reads_count;
+    uint64_t memory_bytes;
+    struct stx_arena *arena; /* from its beginning until the consumer takes it */
+    bool ready;
+};
+
+struct stx_stream {
+    struct stx_file file;
+    struct stx_plan plan;
+    struct stx_load_piece *load_pieces;
+    struct piece *pieces;
+    size_t pieces_count;
+    uint64_t window_bytes;
+    struct stx_owned_way way;
+    pthread_t thread;
+
+    pthread_mutex_t lock; /* guards what follows, and the pieces' arenas and flags */
+    pthread_cond_t change;
+    size_t taken_count;  /* pieces the consumer has taken */
+    uint64_t held_bytes; /* of pieces begun and not given back */
+    bool stopping;
+    bool finished;
+    enum stx_status status;
+    struct stx_load_result result;
+    struct stx_err err;
+};
+
+/* --- cutting --- */
+
+/* Cut tensors [first, end) into pieces. `pieces` has room for one per tensor, or is NULL to count.
+ */
+static size_t cut(const struct stx_header *header, const uint8_t *keep, uint32_t first,
+                  uint64_t piece_bytes, struct piece *pieces) {
+    size_t count = 0;
+    uint64_t size_bytes = 0;
+    uint32_t begin = first;
+    const uint32_t end = (uint32_t)header->tensors_count;
+    for (uint32_t i = first; i < end; i++) {
+        const uint64_t more_bytes =
+            keep == NULL || keep[i] != 0 ? header->tensors[i].end - header->tensors[i].begin : 0;
+        if (i > begin && size_bytes != 0 && size_bytes + more_bytes > piece_bytes) {
+            if (pieces != NULL)
+                pieces[count] = (struct piece){.tensor_first = begin, .tensors_count = i - begin};
+            count++;
+            begin = i;
+            size_bytes = 0;
+        }
+        size_bytes += more_bytes;
+    }
+    if (begin == end) return count;
+    if (pieces != NULL)
+        pieces[count] = (struct piece){.tensor_first = begin, .tensors_count = end - begin};
+    return count + 1;
+}
+
+/* One plan with a piece per input; the reads of each piece, and its memory. */
+static enum stx_status plan_pieces(struct stx_stream *stream, const struct stx_header *header,
+                                   const uint8_t *keep, struct stx_err *err) {
+    const struct stx_plan_limits limits = stx_owned_limits(header->file_size_bytes);
+    struct stx_plan_input *inputs = calloc(stream->pieces_count + 1, sizeof *inputs);
+    if (inputs == NULL) return stx_err_set(err, STX_ERR_MEMORY, "no memory for a plan");
+    for (size_t i = 0; i < stream->pieces_count; i++)
+        inputs[i] = (struct stx_plan_input){.header = header,
+                                            .keep = keep,
+                                            .tensor_first = stream->pieces[i].tensor_first,
+                                            .tensors_count = stream->pieces[i].tensors_count};
+    const enum stx_status status =
+        stx_plan_build(&stream->plan, inputs, (uint32_t)stream->pieces_count, &limits, err);
+    free(inputs);
+    if (status != STX_OK) return status;
+    size_t at = 0;
+    for (size_t i = 0; i < stream->pieces_count; i++) {
+        struct piece *piece = &stream->pieces[i];
+        piece->read_first = at;
+        while (at < stream->plan.reads_count && stream->plan.reads[at].file_index == i)
+            stream->plan.reads[at++].file_index = 0; /* there is one file */
+        piece->reads_count = at - piece->read_first;
+        piece->memory_bytes = stx_plan_memory_bytes(&stream->plan.reads[piece->read_first],
+                                                    piece->reads_count, STX_LOAD_ALIGN_BYTES);
+        stream->load_pieces[i] = (struct stx_load_piece){.read_first = piece->read_first,
+                                                         .reads_count = piece->reads_count};
+        stream->window_bytes = stx_max_u64(stream->window_bytes, piece->memory_bytes);
+    }
+    return STX_OK;
+}
+
+/* --- the reading thread --- */
+
+static enum stx_load_next begin_piece(void *context, size_t index, bool may_wait, char **memory) {
+    struct stx_stream *const stream = context;
+    struct piece *const piece = &stream->pieces[index];
+    const struct timespec until = stx_thread_deadline(CLOCK_MONOTONIC, 100);
+    struct stx_err ignored;
+    (void)pthread_mutex_lock(&stream->lock);
+    bool fits = false;
+    for (int waits = 0; !stream->stopping; waits++) {
+        fits = stream->held_bytes + piece->memory_bytes <= stream->window_bytes;
+        if (fits || !may_wait || waits == 100 ||
+            pthread_cond_timedwait(&stream->change, &stream->lock, &until) != 0)
+            break;
+    }
+    const bool stopping = stream->stopping;
+    if (fits) stream->held_bytes += piece->memory_bytes;
+    (void)pthread_mutex_unlock(&stream->lock);
+    if (stopping) return STX_LOAD_STOP;
+    if (!fits) return STX_LOAD_LATER;
+    if (stx_arena_open(&piece->arena, piece->memory_bytes, &ignored) != STX_OK)
+        return STX_LOAD_FAILED;
+    stx_arena_populate(piece->arena, 0, piece->memory_bytes);
+    *memory = stx_arena_bytes(piece->arena);
+    return STX_LOAD_READY;
+}
+
+static void piece_is_done(void *context, size_t index) {
+    struct stx_stream *const stream = context;
+    (void)pthread_mutex_lock(&stream->lock);
+    stream->pieces[index].ready = true;
+    (void)pthread_cond_broadcast(&stream->change);
+    (void)pthread_mutex_unlock(&stream->lock);
+}
+
+static bool keep_going(void *context) {
+    struct stx_stream *const stream = context;
+    (void)pthread_mutex_lock(&stream->lock);
+    const bool stopping = stream->stopping;
+    (void)pthread_mutex_unlock(&stream->lock);
+    return !stopping;
+}
+
+static void *read_all(void *argument) {
+    struct stx_stream *const stream = argument;
+    struct stx_load_result result;
+    struct stx_err err = {.status = STX_OK};
+    const struct stx_load_job job = {.files = &stream->way.load_file,
+                                     .reads = stream->plan.reads,
+                                     .pieces = stream->load_pieces,
+                                     .files_count = 1,
+                                     .reads_count = stream->plan.reads_count,
+                                     .pieces_count = stream->pieces_count,
+                                     .hooks = {.context = stream,
+                                               .begin = begin_piece,
+                                               .done = piece_is_done,
+                                               .keep_going = keep_going},
+                                     .limits = stream->way.limits};
+    const enum stx_status status = stx_owned_run(&job, &result, &err);
+    (void)pthread_mutex_lock(&stream->lock);
+    stream->status = status;
+    stream->err = err;
+    stream->result = result;
+    stream->finished = true;
+    (void)pthread_cond_broadcast(&stream->change);
+    (void)pthread_mutex_unlock(&stream->lock);
+    return NULL;
+}
+
+/* --- the consumer --- */
+
+static void release(struct stx_stream *stream) {
+    for (size_t i = 0; stream->pieces != NULL && i < stream->pieces_count; i++)
+        stx_arena_release(stream->pieces[i].arena);
+    stx_owned_way_close(&stream->way);
+    stx_file_close(&stream->file);
+    stx_plan_free(&stream->plan);
+    free(stream->pieces);
+    free(stream->load_pieces);
+    free(stream);
+}
+
+enum stx_status stx_stream_open(struct stx_stream **stream, struct stx_file *file,
+                                const struct stx_header *header, const uint8_t *keep,
+                                uint32_t tensor_first, const struct stx_owned_options *options,
+                                uint64_t window_bytes, struct stx_err *err) {
+    const uint64_t piece_bytes = window_bytes / PIECES_IN_WINDOW;
+    struct stx_stream *opened = calloc(1, sizeof *opened);
+    if (opened == NULL) {
+        stx_file_close(file);
+        return stx_err_set(err, STX_ERR_MEMORY, "no memory for a stream");
+    }
+    opened->file = *file;
+    file->fd = -1;
+    opened->way.load_file.direct_fd = -1;
+    opened->window_bytes = window_bytes;
+    opened->pieces_count = cut(header, keep, tensor_first, piece_bytes, NULL);
+    opened->pieces = calloc(opened->pieces_count + 1, sizeof *opened->pieces);
+    opened->load_pieces = calloc(opened->pieces_count + 1, sizeof *opened->load_pieces);
+    enum stx_status status = STX_OK;
+    if (opened->pieces == NULL || opened->load_pieces == NULL) {
+        status = stx_err_set(err, STX_ERR_MEMORY, "no memory for a stream");
+        goto out;
+    }
+    (void)cut(header, keep, tensor_first, piece_bytes, opened->pieces);
+    status = plan_pieces(opened, header, keep, err);
+    if (status != STX_OK) goto out;
+    stx_owned_way_open(&opened->way, &opened->file, opened->plan.reads, opened->plan.reads_count,
+                       options);
+    (void)pthread_mutex_init(&opened->lock, NULL);
+    stx_thread_condition_init(&opened->change);
+    const int failure = stx_thread_start(&opened->thread, read_all, opened);
+    if (failure != 0) status = stx_err_set_errno(err, failure, "pthread_create");
+out:
+    if (status != STX_OK) release(opened);
+    if (status == STX_OK) *stream = opened;
+    return status;
+}
+
+/* The piece before the next one to be taken is the consumer's no more. With the lock held. */
+static void give_back(struct stx_stream *stream) {
+    if (stream->taken_count == 0) return;
+    struct piece *const before = &stream->pieces[stream->taken_count - 1];
+    stream->held_bytes -= before->memory_bytes;
+    before->memory_bytes = 0;
+    (void)pthread_cond_broadcast(&stream->change);
+}
+
+enum stx_status stx_stream_next(struct stx_stream *stream, uint32_t timeout_ms,
+                                struct stx_stream_piece *piece, bool *ready,
+                                uint64_t *failed_offset_bytes, struct stx_err *err) {
+    const struct timespec until = stx_thread_deadline(CLOCK_MONOTONIC, timeout_ms);
+    enum stx_status status = STX_OK;
+    *ready = false;
+    (void)pthread_mutex_lock(&stream->lock);
+    give_back(stream);
+    const bool is_end = stream->taken_count == stream->pieces_count;
+    struct piece *const next = &stream->pieces[stream->taken_count];
+    while (!is_end && !next->ready && !stream->finished)
+        if (pthread_cond_timedwait(&stream->change, &stream->lock, &until) != 0) break;
+    if (is_end) {
+        *piece = (struct stx_stream_piece){.arena = NULL};
+        *ready = true;
+    } else if (next->ready) {
+        *piece = (struct stx_stream_piece){.arena = next->arena,
+                                           .reads = &stream->plan.reads[next->read_first],
+                                           .reads_count = next->reads_count,
+                                           .tensor_first = next->tensor_first,
+                                           .tensors_count = next->tensors_count};
+        next->arena = NULL;
+        stream->taken_count++;
+        *ready = true;
+    } else if (stream->finished) {
+        *err = stream->err;
+        *failed_offset_bytes = stream->result.failed_offset_bytes;
+        status = stream->status != STX_OK
+                     ? stream->status
+                     : stx_err_set(err, STX_ERR_UNSUPPORTED, "the stream was closed");
+    }
+    (void)pthread_mutex_unlock(&stream->lock);
+    return status;
+}
+
+const struct stx_file *stx_stream_file(const struct stx_stream *stream) { return &stream->file; }
+
+struct stx_load_result stx_stream_result(struct stx_stream *stream, const char **why_buffered) {
+    (void)pthread_mutex_lock(&stream->lock);
+    const struct stx_load_result result = stream->result;
+    (void)pthread_mutex_unlock(&stream->lock);
+    *why_buffered = stream->way.why_buffered;
+    return result;
+}
+
+static void stop(struct stx_stream *stream) {
+    (void)pthread_mutex_lock(&stream->lock);
+    stream->stopping = true;
+    (void)pthread_cond_broadcast(&stream->change);
+    (void)pthread_mutex_unlock(&stream->lock);
+    (void)pthread_join(stream->thread, NULL);
+    (void)pthread_cond_destroy(&stream->change);
+    (void)pthread_mutex_destroy(&stream->lock);
+}
+
+void stx_stream_close(struct stx_stream *stream) {
+    if (stream == NULL) return;
+    stop(stream);
+    release(stream);
+}
+
+void stx_stream_abandon(struct stx_stream *stream) {
+    if (stream != NULL) release(stream);
+}

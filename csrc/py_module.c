@@ -56,6 +56,22 @@ static PyObject *module_engine(PyObject *py_module, PyObject *py_unused) {
     return Py_BuildValue("(zzz)", state->engine, stx_engine_refusal(), state->why_buffered);
 }
 
+/* Whether an engine of a kind can be had: opened and closed. */
+static PyObject *module_probe(PyObject *py_module, PyObject *py_kind) {
+    struct stx_engine engine;
+    struct stx_engine_options options = {.depth = 1};
+    struct stx_err err;
+    const long kind = PyLong_AsLong(py_kind);
+    (void)py_module;
+    if (PyErr_Occurred()) return NULL;
+    options.kind = kind == STX_ENGINE_THREADS ? STX_ENGINE_THREADS : STX_ENGINE_AUTO;
+    if (stx_engine_open(&engine, &options, &err) != STX_OK)
+        return PyErr_Format(PyExc_OSError, "%s", err.message);
+    const char *const name = engine.ops->name;
+    stx_engine_close(&engine);
+    return PyUnicode_FromString(name);
+}
+
 /* For tests and benchmarks: the helpers run on when a load has returned. */
 static PyObject *module_settle(PyObject *py_module, PyObject *py_timeout_ms) {
     bool settled;
@@ -84,6 +100,8 @@ static PyMethodDef module_methods[] = {
     {"counters", module_counters, METH_NOARGS, PyDoc_STR("counters() -> dict[str, int]")},
     {"engine", module_engine, METH_NOARGS,
      PyDoc_STR("engine() -> (last one used, why not io_uring, why not direct), None each")},
+    {"probe_engine", module_probe, METH_O,
+     PyDoc_STR("probe_engine(kind) -> the name of the engine that reads would use")},
     {"settle", module_settle, METH_O,
      PyDoc_STR("settle(timeout_ms) -> bool: wait until nothing is read ahead")},
     {NULL, NULL, 0, NULL}};

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from . import _filter, _native, _origin, _stock
+from . import _filter, _native, _options, _origin, _stock
 from ._safe_open import Request, explain_refusal, fspath, refuse
 
 _HOW = {
@@ -23,7 +23,7 @@ _HOW = {
     "owned": "read into memory of its own before the load returns",
     "stock": "safetensors decides",
 }
-_WARM = 2  # of the core's enum stx_residency
+_RESIDENCIES = ("unknown", "cold", "warm")  # the core's enum stx_residency
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,11 @@ class FileExplanation:
         bytes_expected: their sizes. What the page cache holds of them costs no I/O.
         bytes_cached: what the page cache holds of the file now; 0 where the system does not tell.
         size_bytes: the file's size.
+        residency: "warm", "cold" or "unknown": what the page cache holds of what is kept. Unknown
+            is read as cold.
+        engine: what would read into memory of our own ("owned"): "uring" or "threads".
+        engine_reason: why not a better one, or not past the page cache; None if nothing is in the
+            way.
     """
 
     filename: str
@@ -68,6 +73,9 @@ class FileExplanation:
     bytes_expected: int | None
     bytes_cached: int | None
     size_bytes: int | None
+    residency: str | None = None
+    engine: str | None = None
+    engine_reason: str | None = None
 
     def __str__(self) -> str:
         served = "native" if self.native else f"by safetensors ({self.reason})"
@@ -89,6 +97,9 @@ class FileExplanation:
                 f" {_count(self.reads, 'read')} of {_count(len(self.spans), 'span')};"
                 f" in the page cache now: {_size(self.bytes_cached or 0)}"
             )
+        if self.engine is not None:
+            reason = f" ({self.engine_reason})" if self.engine_reason else ""
+            lines.append(f"  engine   {self.engine}{reason}")
         return "\n".join(lines)
 
 
@@ -190,17 +201,22 @@ def _explain_file(
         assert path is not None
         reads = backend == "pread"
         try:
-            return _from_core(path, _native.core.explain(path, request.rule, reads), reads)
+            return _from_core(
+                path, _native.core.explain(path, request.rule, reads), request.options, reads
+            )
         except _native.core.Refused as refusal:
             reason = explain_refusal(path, refusal)
     return _by_stock(request, filename, framework, device, backend, reason)
 
 
-def _from_core(path: str, told: dict[str, Any], reads: bool) -> FileExplanation:
+def _from_core(
+    path: str, told: dict[str, Any], options: _options.Options, reads: bool
+) -> FileExplanation:
     skipped = told["tensors"] - told["tensors_kept"]
     data_bytes = told["data_bytes"]
     policy = "owned" if reads else "sparse" if skipped else "dense"
-    if told["residency"] == _WARM and not reads:
+    residency = _RESIDENCIES[told["residency"]]
+    if residency == "warm" and not reads:
         policy = "warm" if told["reads"] else "nothing"
     return FileExplanation(
         filename=path,
@@ -217,7 +233,24 @@ def _from_core(path: str, told: dict[str, Any], reads: bool) -> FileExplanation:
         bytes_expected=told["header_read_bytes"] + told["bytes_read"],
         bytes_cached=told["cached_bytes"],
         size_bytes=told["file_bytes"],
+        residency=residency,
+        **(_explain_engine(options, residency) if reads else {}),
     )
+
+
+def _explain_engine(options: _options.Options, residency: str) -> dict[str, str | None]:
+    """Which engine would read, and what keeps it from being a better one or from direct reads."""
+    kind = options.core[0]
+    engine = _native.core.probe_engine(kind)
+    reasons = []
+    if engine == "threads":
+        asked = options.engine == "threads"
+        reasons.append("asked for" if asked else _native.core.engine()[1])
+    if options.direct_io == "off":
+        reasons.append("direct_io is off")
+    elif options.direct_io == "auto" and residency == "warm":
+        reasons.append("in the page cache")
+    return {"engine": engine, "engine_reason": "; ".join(filter(None, reasons)) or None}
 
 
 def _by_stock(

@@ -9,7 +9,7 @@ not serve. `FilteredHandle` stands before a stock handle wherever a filter is in
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from . import _filter, _owned, _stats, _stock
@@ -167,6 +167,10 @@ class FilteredHandle:
 
     def get_tensors(self) -> dict[str, Any]:
         return {name: self.get_tensor(name) for name in self.offset_keys()}
+
+    def tensors(self) -> Iterator[tuple[str, Any]]:
+        for name in self.offset_keys():
+            yield name, self.get_tensor(name)
 
     def get_slice(self, name: str) -> Any:
         self._check(name)

@@ -98,7 +98,7 @@ def seen(result):
 def native(path):
     """Whether the core takes this file."""
     try:
-        _C.open(str(path), None, Origin(str(path), (), {}))
+        _C.open(str(path), None, Origin(str(path), (), {}), stx_patch.Options().core, False)
     except _C.Refused:
         return False
     return True

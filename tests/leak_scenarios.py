@@ -3,8 +3,9 @@
     python leak_scenarios.py GOOD BAD DOUBLE HALF
 
 GOOD is a sample file, BAD the same cut by a byte, DOUBLE one that only stock serves, HALF one whose
-second tensor cannot be made. A scenario is repeated; what the process holds after a warm-up and at
-the end is printed as a line of JSON. Two processes run at a time.
+second tensor cannot be made. Two larger ones are written beside GOOD. A scenario is repeated; what
+the process holds after a warm-up and at the end is printed as a line of JSON. Two processes run at
+a time.
 """
 
 import ctypes
@@ -30,6 +31,7 @@ from stx_patch import filters
 
 REPEATS = 10_000
 GOOD, BAD, DOUBLE, HALF = sys.argv[1:5]
+LARGE, CUT = Path(GOOD).with_name("large"), Path(GOOD).with_name("cut")
 BYTES = safetensors.torch.save({"a": torch.ones(3), "b": torch.zeros(0, 2)})
 PAGE_BYTES = mmap.PAGESIZE
 kept = []
@@ -175,9 +177,9 @@ def raising_late():
 
 
 def raising_by_stock():
-    """Of a file, and of a backend, that only stock serves."""
+    """Of a file that only stock serves."""
     swallow(stx_patch.safe_open, DOUBLE, tensor_filter=refuse)
-    swallow(stx_patch.load_file, GOOD, backend="pread", tensor_filter=refuse)
+    swallow(stx_patch.load_file, DOUBLE, backend="pread", tensor_filter=refuse)
 
 
 def callable_filter():
@@ -256,6 +258,65 @@ def other_backend():
         handle.get_tensor("matrix")
 
 
+def owned_load():
+    """Whole, in part, and one tensor after the other; 4-bit tensors cannot be read this way."""
+    stx_patch.load_file(GOOD, backend="pread", tensor_filter=["[!n]*"])
+    with stx_patch.safe_open(GOOD, backend="pread", tensor_filter=["m*", "large"]) as handle:
+        tensors = [*handle.get_tensors().values(), handle.get_tensor("large")]
+    while tensors:
+        tensors.pop(len(tensors) // 2).zero_()
+
+
+def owned_load_fails():
+    """For the filter, for the file, and for a tensor that cannot be made after others were."""
+    swallow(stx_patch.load_file, GOOD, backend="pread", tensor_filter=Countdown(7))
+    swallow(stx_patch.load_file, BAD, backend="pread")
+    swallow(stx_patch.load_file, GOOD, backend="pread")
+    swallow(stx_patch.load_file, HALF, backend="pread")
+
+
+def owned_slices():
+    """Of handles that are closed, dropped and left open; some are used, some are not."""
+    with stx_patch.safe_open(GOOD, backend="pread") as handle:
+        first, second = handle.get_slice("cube"), handle.get_slice("matrix")
+    first[0], first[1:, 2], first[..., ::2], second[:, 1]
+    swallow(first.__getitem__, "text")
+    stx_patch.safe_open(GOOD, backend="pread").get_slice("vector")
+    next(iter(stx_patch.safe_open(GOOD, backend="pread").get_slice("matrix")))
+    ring = [stx_patch.safe_open(GOOD, backend="pread"), second]
+    ring.append(ring)
+
+
+def owned_handles_abandoned():
+    stx_patch.safe_open(GOOD, backend="pread")
+    handle = stx_patch.safe_open(GOOD, backend="pread")
+    swallow(handle.get_tensor, "none")
+    swallow(stx_patch.safe_open, GOOD, backend="pread", tensor_filter={"none"}, strict_filter=True)
+
+
+def owned_by_engines():
+    """Large enough for one; what is kept is dropped in another order than it lies."""
+    for engine in ("uring", "threads"):
+        for direct_io in ("on", "off"):
+            how = {"backend": "pread", "engine": engine, "direct_io": direct_io}
+            tensors = stx_patch.load_file(LARGE, **how)
+            del tensors["b"]
+            with stx_patch.safe_open(LARGE, **how) as handle:
+                tensors["b"] = handle.get_tensor("b")
+
+
+def owned_by_engines_fails():
+    """The file is cut while it is open."""
+    for engine in ("uring", "threads"):
+        handle = stx_patch.safe_open(CUT, backend="pread", engine=engine, direct_io="on")
+        entry = handle.get_slice("b")
+        os.truncate(CUT, 2_000_000)
+        swallow(handle.get_tensors)
+        swallow(handle.get_tensor, "b")
+        swallow(entry.__getitem__, slice(None))
+        os.truncate(CUT, LARGE.stat().st_size)
+
+
 def other_framework():
     with safetensors.safe_open(GOOD, "np") as handle:
         assert isinstance(handle.get_tensor("matrix"), np.ndarray)
@@ -330,17 +391,21 @@ SCENARIOS = {
         failed_half_way, missing_file, wrong_calls, raising_filter, raising_late, raising_by_stock,
         callable_filter, globs, names, combined_filter, strict_filter, empty_filter,
         missing_tensor, closed_handle, blocks, patch_and_unpatch, cycle, tensor_by_stock,
-        file_by_stock, other_backend, other_framework, load_bytes, threads,
-        dropped_by_another_thread, forked, leaking_descriptors, leaking_threads, leaking_pages,
-        leaking_objects, leaking_handles, leaking_bytes,
+        file_by_stock, other_backend, owned_load, owned_load_fails, owned_slices,
+        owned_handles_abandoned, owned_by_engines, owned_by_engines_fails, other_framework,
+        load_bytes, threads, dropped_by_another_thread, forked, leaking_descriptors,
+        leaking_threads, leaking_pages, leaking_objects, leaking_handles, leaking_bytes,
     )
 }  # fmt: skip
 FEWER = {
     # What costs milliseconds: each patch() walks every name of every module, each fork copies the
     # page tables.
     "patch_and_unpatch": 80, "forked": 200,
+    # What reads megabytes each time.
+    "owned_by_engines": 150, "owned_by_engines_fails": 300,
     # What is stock's work, or the system's, for the greater part.
-    "tensor_by_stock": 4000, "file_by_stock": 4000, "failed_half_way": 4000, "threads": 6000,
+    "tensor_by_stock": 4000, "file_by_stock": 4000, "failed_half_way": 4000,
+    "owned_load_fails": 2000, "threads": 6000,
     "dropped_by_another_thread": 4000,
     # What has to grow needs no more to show it, and a system limits threads and mappings.
     "leaking_descriptors": 400, "leaking_threads": 100, "leaking_pages": 1600,
@@ -423,6 +488,8 @@ def start(name):
 def main():
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    for path in (LARGE, CUT):
+        safetensors.torch.save_file({"a": torch.ones(3), "b": torch.ones(700_001)}, path)
     stx_patch.patch()
     settle_interned_strings()
     for number, name in enumerate(SCENARIOS):

@@ -55,6 +55,24 @@ def test_a_load_does_what_was_explained(large, name):
         assert (found.bytes_read, found.requests) == (file.bytes_expected, file.reads)
 
 
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("name", FILTERS)
+def test_a_load_into_memory_of_our_own_does_what_was_explained(large, name, warm):
+    """Warm or not, it is read; retries would not be foreseen, and there are none."""
+    if warm:
+        large.read_bytes()
+    (file,) = stx_patch.explain(large, FILTERS[name], backend="pread").files
+    assert file.native and file.reason is None and len(file.spans) == SPANS[name]
+    stx_patch.reset_stats()
+    with stx_patch.patched(FILTERS[name]):
+        tensors = safetensors.torch.load_file(large, backend="pread")
+    found = stx_patch.stats()
+    assert file.tensors_kept == len(tensors) and file.tensors_kept + file.tensors_skipped == 8
+    assert (found.bytes_read, found.requests) == (file.bytes_expected, file.reads)
+    assert found.retries == 0
+    assert name == "none" or file.policy == "owned"
+
+
 def test_the_spans_are_where_the_tensors_lie(large):
     content = large.read_bytes()
     (file,) = stx_patch.explain(large, ["t1", "t4", "t5"]).files
@@ -82,9 +100,9 @@ def test_a_warm_file_asks_for_nothing(large):
 
 
 STOCKS = {
-    "backend": ({"backend": "pread"}, "backend pread"),
     "framework": ({"framework": "np"}, "framework np"),
     "device": ({"device": "cuda:0"}, "device cuda:0"),
+    "both": ({"device": "cuda:0", "backend": "pread"}, "device cuda:0"),
 }
 
 

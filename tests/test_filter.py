@@ -22,12 +22,12 @@ from patch_helpers import (
     STOCK,
     PageCache,
     drop_from_cache,
-    settle,
     floats,
     homes_are_stock,
     mappings_of,
     open_descriptors,
     run_python,
+    settle,
     write_raw,
 )
 
@@ -99,7 +99,10 @@ ROUTES = {
     "own-safe_open": lambda path: stx_patch.safe_open(path).get_tensors(),
     "own-safe_open-numpy": lambda path: stx_patch.safe_open(path, "np").get_tensors(),
 }
-NATIVE = {"safe_open", "safe_open-torch", "load_file", "own-load_file", "own-safe_open"}
+NATIVE = {
+    "safe_open", "safe_open-torch", "load_file", "own-load_file", "own-safe_open",
+    "safe_open-pread", "load_file-pread",
+}  # fmt: skip
 routes = pytest.mark.parametrize("route", ROUTES)
 # One route for the core and one for its Python twin.
 twins = pytest.mark.parametrize("route", ["load_file", "numpy.load_file"])
@@ -1314,30 +1317,39 @@ def test_what_is_left_out_is_not_read(large, loader, keep):
         cache.close()
 
 
-@pytest.mark.parametrize(
-    ("reason", "loader"),
-    [
-        ("backend pread", lambda path: safetensors.torch.load_file(path, backend="pread")),
-        ("framework np", lambda path: safetensors.numpy.load_file(path)),
-    ],
-    ids=["pread", "numpy"],
-)
-def test_what_is_left_out_is_not_read_by_stock_either(large, reason, loader):
+def test_what_is_left_out_is_not_read_by_stock_either(large):
     """Where stock serves, it is asked for the kept tensors alone."""
     path, places = large
     cold = drop_from_cache(path)
     with stx_patch.patched("kept.*") as report:
-        tensors = loader(path)
+        tensors = safetensors.numpy.load_file(path)
     assert sorted(tensors) == ["kept.0", "kept.1", "kept.2"]
-    assert report.fallbacks == {reason: 1} and report.tensors_stock == 3
+    assert report.fallbacks == {"framework np": 1} and report.tensors_stock == 3
     if cold:
-        cache = PageCache(path)
-        try:
-            for name in ("out.0", "out.1"):
-                begin = places[name]
-                assert cache.resident_bytes(begin, begin + PART_BYTES) == 0
-        finally:
-            cache.close()
+        assert_not_read(path, places)
+
+
+@pytest.mark.parametrize("direct_io", ["on", "off"])
+def test_what_is_left_out_is_not_read_into_memory_of_our_own(large, direct_io):
+    path, places = large
+    cold = drop_from_cache(path)
+    with stx_patch.patched("kept.*", direct_io=direct_io) as report:
+        tensors = safetensors.torch.load_file(path, backend="pread")
+    assert sorted(tensors) == ["kept.0", "kept.1", "kept.2"]
+    assert report.fallbacks == {} and report.tensors_native == 3
+    assert 3 * PART_BYTES <= report.bytes_read <= 3 * PART_BYTES + MIB
+    if cold:
+        assert_not_read(path, places)
+
+
+def assert_not_read(path, places):
+    cache = PageCache(path)
+    try:
+        for name in ("out.0", "out.1"):
+            begin = places[name]
+            assert cache.resident_bytes(begin, begin + PART_BYTES) == 0
+    finally:
+        cache.close()
 
 
 def test_opening_reads_the_header_and_nothing_else(large):

@@ -19,6 +19,8 @@ FLAT = [
     "raising_late", "raising_by_stock", "callable_filter", "globs", "names", "combined_filter",
     "strict_filter", "empty_filter", "missing_tensor", "closed_handle", "blocks",
     "patch_and_unpatch", "cycle", "tensor_by_stock", "file_by_stock", "other_backend",
+    "owned_load", "owned_load_fails", "owned_slices", "owned_handles_abandoned",
+    "owned_by_engines", "owned_by_engines_fails",
     "other_framework", "load_bytes", "threads", "dropped_by_another_thread", "forked",
 ]  # fmt: skip
 LEAKING = {

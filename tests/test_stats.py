@@ -14,9 +14,9 @@ import safetensors.torch
 from patch_helpers import (
     STOCK,
     drop_from_cache,
-    settle,
     floats,
     leaves_stock,  # noqa: F401
+    settle,
     write_raw,
 )
 
@@ -32,10 +32,17 @@ ENTRIES = [
 ORDER = [name for name, _, _, _ in ENTRIES]
 TOTAL_BYTES = sum(len(data) for _, _, _, data in ENTRIES)
 
-# What adds up; the rest are dicts and what is found in the page cache.
+# Two of one name, which our core leaves to stock.
+TWICE = b'"v":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
+REFUSED = "file refused (format)"
+
+# What adds up; the rest are dicts and what was found last.
 COUNTERS = [
-    field.name for field in dataclasses.fields(Stats) if field.name not in ("fallbacks", "seconds")
+    field.name
+    for field in dataclasses.fields(Stats)
+    if field.name not in ("fallbacks", "seconds", "engine", "engine_reason")
 ]
+PHASES = {"header", "filter", "plan", "read", "wrap"}
 
 
 @pytest.fixture(autouse=True)
@@ -48,10 +55,22 @@ def path(tmp_path):
     return write_raw(tmp_path / "counted.safetensors", ENTRIES, metadata={"a": "b"})
 
 
+@pytest.fixture
+def double(tmp_path):
+    """A file that only stock serves."""
+    header = b"{" + TWICE + b"," + TWICE + b"}"
+    path = tmp_path / "double.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"x")
+    return path
+
+
 def changes(stats):
-    """The counters that are not zero, without those of the page cache, of requests and of time."""
+    """The counters that are not zero, without those of the page cache, of requests and of time, and
+    without what was found last."""
     left_out = {
         "seconds",
+        "engine",
+        "engine_reason",
         "files_cold",
         "files_warm",
         "files_unknown",
@@ -87,7 +106,7 @@ def test_as_dict_has_every_counter(path):
     assert list(stats.as_dict()) == [field.name for field in dataclasses.fields(Stats)]
     for name in COUNTERS:
         assert type(stats.as_dict()[name]) is int, name
-    assert set(stats.seconds) == {"header", "filter", "plan", "wrap"}
+    assert set(stats.seconds) == PHASES
     assert all(type(value) is float and value >= 0 for value in stats.seconds.values())
     stats.as_dict()["fallbacks"]["made up"] = 1
     stats.fallbacks["made up"] = 1
@@ -106,7 +125,9 @@ def test_everything_starts_at_zero():
     assert changes(stx_patch.stats()) == {}
     stats = stx_patch.stats().as_dict()
     assert stats.pop("fallbacks") == {}
-    assert set(stats.pop("seconds").values()) <= {0.0}
+    seconds = stats.pop("seconds")
+    assert set(seconds) == PHASES and set(seconds.values()) == {0.0}
+    stats.pop("engine"), stats.pop("engine_reason")  # of the last load, whenever that was
     assert set(stats.values()) == {0}
 
 
@@ -213,13 +234,89 @@ def tells_residency():
     return tuple(map(int, os.uname().release.split("-")[0].split(".")[:2])) >= (6, 5)
 
 
+# --- reads into memory of our own ---
+
+
+def owned(path, **keywords):
+    """What a load with backend="pread" adds."""
+    before = stx_patch.stats()
+    tensors = stx_patch.load_file(path, backend="pread", **keywords)
+    return tensors, stx_patch.stats() - before
+
+
+def test_a_small_load_into_memory_of_our_own(path):
+    """It is counted like any other; no engine is worth its while."""
+    tensors, made = owned(path)
+    assert changes(made) == {
+        "opens": 1,
+        "tensors_native": len(ENTRIES),
+        "keys_kept": len(ENTRIES),
+        "bytes_kept": TOTAL_BYTES,
+        "bytes_wanted": TOTAL_BYTES,
+        "loads_buffered": 1,
+    }
+    assert made.seconds["read"] > 0 and made.seconds["wrap"] > 0
+    # The header's read takes all of a small file; the tensors are read again into their memory.
+    assert made.bytes_read == path.stat().st_size + TOTAL_BYTES and made.requests == 2
+    assert made.bytes_over_read == 0
+    assert len(tensors) == len(ENTRIES)
+
+
+def test_handles_and_slices_into_memory_of_our_own(path):
+    handle = stx_patch.safe_open(path, backend="pread")
+    before = stx_patch.stats()
+    handle.get_tensor("w.0")
+    handle.get_tensor("w.0")
+    made = stx_patch.stats() - before
+    assert (made.tensors_native, made.bytes_wanted, made.bytes_read, made.requests) == (
+        2,
+        24,
+        24,
+        2,
+    )
+    assert made.loads_buffered == 2
+    handle.get_slice("w.0")[1:]
+    made = stx_patch.stats() - before
+    assert (made.tensors_native, made.bytes_read, made.requests) == (3, 32, 3)
+    assert made.fallbacks == {}
+
+
+@pytest.mark.parametrize("engine", ["uring", "threads"])
+def test_what_read_and_why_not_better(tmp_path, engine):
+    size_bytes = 3 << 20
+    path = write_raw(tmp_path / "large", [("w", "U8", (size_bytes,), bytes(size_bytes))])
+    _, made = owned(path, engine=engine, direct_io="on")
+    assert (made.engine, made.engine_reason) == (engine, None)
+    assert (made.loads_direct, made.loads_buffered, made.retries) == (1, 0, 0)
+    assert size_bytes <= made.bytes_read <= size_bytes + (1 << 20) and made.requests >= 4
+    _, made = owned(path, engine=engine, direct_io="off")
+    assert (made.engine, made.engine_reason) == (engine, "direct_io is off")
+    assert (made.loads_direct, made.loads_buffered) == (0, 1)
+    assert made.seconds["read"] > 0
+    found, made = owned(path, engine=engine)
+    if made.files_unknown:
+        assert not tells_residency()
+    else:
+        assert made.engine_reason == "in the page cache" and made.files_warm == 1
+        if drop_from_cache(path):
+            _, made = owned(path, engine=engine)
+            assert (made.files_cold, made.loads_direct, made.engine_reason) == (1, 1, None)
+    # What was found last stays, through resets and loads that need no engine.
+    stx_patch.reset_stats()
+    assert stx_patch.stats().engine == engine
+    with stx_patch.patched() as report:
+        assert report.engine == engine
+    del found
+
+
 # --- hand-overs ---
 
 FALLBACKS = {
     "framework np": lambda path: safetensors.safe_open(path, "np"),
     "framework numpy": lambda path: safetensors.safe_open(path, framework="numpy"),
-    "backend pread": lambda path: safetensors.safe_open(path, "pt", backend="pread"),
-    "load(bytes)": lambda path: safetensors.torch.load(path.read_bytes()),
+    "device cuda:0": lambda path: safetensors.safe_open(path, "pt", device="cuda:0"),
+    "device 0": lambda path: safetensors.safe_open(path, "pt", 0, backend="pread"),
+    "load(bytes)": lambda path: safetensors.numpy.load(path.read_bytes()),
 }
 
 
@@ -261,23 +358,25 @@ def test_a_call_that_fails_is_handed_over_once(path, call):
     assert report.opens == report.tensors_native == report.tensors_stock == 0
 
 
-def test_stocks_tensors_are_counted_where_we_pass_them_on(path):
+def test_stocks_tensors_are_counted_where_we_pass_them_on(path, double):
     with stx_patch.patched() as report:
-        safetensors.torch.load_file(path, backend="pread")
-        assert report.tensors_stock == 4
-        safetensors.torch.load(path.read_bytes())
-        assert report.tensors_stock == 8
-    with stx_patch.patched("w.*") as report:
-        safetensors.torch.load_file(path, backend="pread")
-        safetensors.torch.load(path.read_bytes())
-        safetensors.numpy.load_file(path)
+        safetensors.torch.load_file(double)
+        assert report.tensors_stock == 1
+        safetensors.torch.load_file(double, backend="pread")
+        assert report.tensors_stock == 2
+        safetensors.numpy.load(path.read_bytes())
         assert report.tensors_stock == 6
+    with stx_patch.patched(["w.*", "v"]) as report:
+        safetensors.torch.load_file(double, backend="pread")
+        safetensors.numpy.load(path.read_bytes())
+        safetensors.numpy.load_file(path)
+        assert report.tensors_stock == 5
         handle = safetensors.safe_open(path, "np")
         handle.get_tensor("w.0")
-        assert report.tensors_stock == 7
+        assert report.tensors_stock == 6
     assert report.tensors_native == 0
     # A filter in Python counts what it keeps like the core does.
-    assert report.fallbacks == {"backend pread": 1, "load(bytes)": 1, "framework np": 2}
+    assert report.fallbacks == {REFUSED: 1, "load(bytes)": 1, "framework np": 2}
 
 
 def test_a_tensor_that_only_stock_makes_is_counted(tmp_path):
@@ -304,17 +403,17 @@ def test_an_unknown_method_is_counted_with_its_name(path):
 # --- reset_stats and reports ---
 
 
-def test_reset_counts_from_here(path):
+def test_reset_counts_from_here(path, double):
     with stx_patch.patched():
         safetensors.torch.load_file(path)
-        safetensors.torch.load_file(path, backend="pread")
+        safetensors.torch.load_file(double)
         stx_patch.reset_stats()
         assert changes(stx_patch.stats()) == {} and stx_patch.stats().fallbacks == {}
         safetensors.torch.load_file(path)
         stats = stx_patch.stats()
         assert (stats.opens, stats.fallbacks) == (1, {})
-        safetensors.torch.load_file(path, backend="pread")
-        assert stx_patch.stats().fallbacks == {"backend pread": 1}
+        safetensors.torch.load_file(double)
+        assert stx_patch.stats().fallbacks == {REFUSED: 1}
 
 
 def test_reset_does_not_touch_a_running_report(path):
@@ -328,13 +427,13 @@ def test_reset_does_not_touch_a_running_report(path):
     assert report.opens == 2
 
 
-def test_a_report_is_live_and_then_stands_still(path):
+def test_a_report_is_live_and_then_stands_still(path, double):
     with stx_patch.patched("w.*") as report:
         assert report.opens == 0 and report.stats() == report.stats()
         safetensors.torch.load_file(path)
         assert (report.opens, report.keys_kept, report.keys_skipped) == (1, 2, 2)
-        safetensors.torch.load_file(path, backend="pread")
-        assert report.fallbacks == {"backend pread": 1}
+        safetensors.torch.load_file(double)
+        assert report.fallbacks == {REFUSED: 1}
         handle = safetensors.safe_open(path, "pt")
     frozen = report.stats()
     handle.get_tensor("w.0")
@@ -412,12 +511,13 @@ def test_a_block_that_fails_has_a_report(path):
     assert report.opens == 1
 
 
-def test_counters_only_grow(path):
+def test_counters_only_grow(path, double):
     before = stx_patch.stats()
     with stx_patch.patched("w.*"):
         for _ in range(3):
             safetensors.torch.load_file(path)
             safetensors.torch.load_file(path, backend="pread")
+            safetensors.torch.load_file(double)
             now = stx_patch.stats()
             assert all(getattr(now, name) >= getattr(before, name) for name in COUNTERS)
             before = now
@@ -426,15 +526,15 @@ def test_counters_only_grow(path):
     assert after == before  # freeing tensors counts nothing
 
 
-def test_differences(path):
+def test_differences(path, double):
     safetensors.torch.load_file(path)
     zero = Stats()
     assert zero - zero == zero
     with stx_patch.patched():
         safetensors.torch.load_file(path)
         first = stx_patch.stats()
-        safetensors.torch.load_file(path, backend="pread")
+        safetensors.torch.load_file(double)
         second = stx_patch.stats()
     difference = second - first
-    assert (difference.opens, difference.fallbacks) == (0, {"backend pread": 1})
+    assert (difference.opens, difference.fallbacks) == (0, {REFUSED: 1})
     assert type(STOCK.safe_open(path, "pt")) is STOCK.safe_open

@@ -356,7 +356,7 @@ def test_every_dtype_by_capsule_too(tmp_path):
         "real, torch.Tensor = torch.Tensor, type('Tensor', (), {})\n"
         "import stx_patch._C as core\n"
         "class Origin: identity = None\n"
-        "handle = core.open(sys.argv[1], None, Origin())\n"
+        "handle = core.open(sys.argv[1], None, Origin(), (0, -1, 0, 0), False)\n"
         "torch.Tensor = real\n"
         "for name, tensor in handle.get_tensors().items():\n"
         "    data = b'' if tensor.numel() == 0 else bytes(tensor.view(torch.uint8).numpy())\n"

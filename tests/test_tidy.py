@@ -32,7 +32,17 @@ LAYERS = [
     ("load", "owned", "stream"),
     ("py_state", "py_err", "py_args", "py_names", "py_modes"),
     ("py_tensor", "py_filter"),
-    ("py_slice", "py_handle", "py_load", "py_open", "py_plan", "py_ahead", "py_owned", "py_stream", "py_bytes"),
+    (
+        "py_slice",
+        "py_handle",
+        "py_load",
+        "py_open",
+        "py_plan",
+        "py_ahead",
+        "py_owned",
+        "py_stream",
+        "py_bytes",
+    ),
     ("py_module",),
 ]
 LAYER_OF = {stem: number for number, stems in enumerate(LAYERS) for stem in stems}

@@ -10,10 +10,11 @@ VENV := .venv/bin
 SET_UP := PYTHON='$(PYTHON)' tools/setup.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-next upstream fuzz san analyze lint bench clean distclean
+.PHONY: help demo test test-next upstream fuzz san analyze lint bench bench-accept \
+	bench-quick bench-report clean distclean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: ## set up, then load a real model twice, stock and patched, and compare
 	@$(SET_UP)
@@ -67,9 +68,26 @@ lint: ## style and types of the Python code, style of the C code
 		tests/fuzz/*.c; \
 	echo "lint: done in $$SECONDS s"
 
-bench: ## set up, then measure loads against stock
+BENCH_ARGS ?=
+bench: ## set up, then measure everything: loads, other loaders, engines, libraries (hours)
+	@$(SET_UP) with-peers
+	@$(VENV)/python benchmarks/bench_load.py $(BENCH_ARGS) || true
+	@$(VENV)/python benchmarks/bench_engines.py
+	@$(VENV)/python benchmarks/bench_consumers.py
+	@$(VENV)/python benchmarks/report.py
+
+bench-accept: ## set up, then measure what has to be reached; fails where it is not
 	@$(SET_UP)
-	@$(VENV)/python benchmarks/bench_load.py
+	@$(VENV)/python benchmarks/bench_load.py --accept $(BENCH_ARGS)
+
+bench-quick: ## set up, then measure fewer cases, 3 rounds each
+	@$(SET_UP)
+	@$(VENV)/python benchmarks/bench_load.py --quick $(BENCH_ARGS) || true
+	@$(VENV)/python benchmarks/bench_engines.py --quick
+	@$(VENV)/python benchmarks/bench_consumers.py --quick
+
+bench-report: ## the newest results as tables and a chart
+	@$(VENV)/python benchmarks/report.py
 
 clean: ## remove what was built, stamps and caches; .venv stays
 	@rm -rf build dist *.egg-info stx_patch/*.so .stamps .fuzz .san .coverage htmlcov
@@ -77,4 +95,4 @@ clean: ## remove what was built, stamps and caches; .venv stays
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## the same, and .venv
-	@rm -rf .venv .upstream
+	@rm -rf .venv .upstream .peers

@@ -1,105 +1,169 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One measurement, in a process of its own: `bench_child.py ACTION SIDE FILE` prints JSON."""
+"""One measurement of a load, in a process of its own: `bench_child.py SPECIFICATION` prints JSON.
+
+The specification, JSON, too: loader and options (loaders.py), data and part (make_data.py), cache
+("cold" or "warm"), consumer ("sum", or "copy" into tensors that exist), and do: "time", "memory"
+(the parent samples this process; it sends a line when it is ready) or "prepare".
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from demo_programs import device_bytes, drop_cache
-from make_data import tensor_name
+import loaders
+from make_data import SETS, data_files, tensor_name, warm_up_file
+from system import (
+    cached_share,
+    device_bytes,
+    disk_bytes,
+    drop_cache,
+    private_bytes,
+    touch_memory,
+    warm_file,
+)
+
+HIDDEN_BYTES = 256 << 20  # what a load may need beside the tensors
 
 
-def private_bytes() -> int:
-    """Anonymous and privately copied memory of this process."""
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-        if line.startswith("Private_Dirty"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/smaps_rollup has no Private_Dirty")
-
-
-def touch_memory(size_bytes: int) -> None:
-    """Touch and free memory: a virtual machine's host takes it back when it is idle, and whoever
-    touches it first pays for that."""
-    import torch
-
-    torch.ones(size_bytes, dtype=torch.uint8)
-
-
-def read_everything(tensors: Any) -> None:
-    """One sum over each tensor, the same on both sides."""
-    for tensor in tensors:
+def sum_all(pairs: loaders.Pairs) -> None:
+    """One sum over each tensor, the same for every loader."""
+    for _, tensor in pairs:
         tensor.sum()
 
 
-def act(action: str, side: str, path: Path) -> Any:
-    """The load to be timed; returns what has to be read."""
-    import safetensors
-    import safetensors.torch
-
-    if action == "load_file":
-        return safetensors.torch.load_file(path).values()
-    if action == "open_keys":
-        return [] if safetensors.safe_open(path, framework="pt").keys() else None
-    if action == "open_one":
-        return [safetensors.safe_open(path, framework="pt").get_tensor(tensor_name(50_000))]
-    if action != "cold_quarter":
-        raise SystemExit(f"no such action: {action}")
-    if side == "ours":
-        return safetensors.torch.load_file(path).values()
-    with safetensors.safe_open(path, framework="pt") as file:
-        return [file.get_tensor(name) for name in file.keys() if is_wanted(name)]  # noqa: SIM118
+def copy_all(pairs: loaders.Pairs, model: dict[str, Any]) -> None:
+    """Each tensor into the one of a model, as load_state_dict does it."""
+    for name, tensor in pairs:
+        model[name].copy_(tensor)
 
 
-def is_wanted(name: str) -> bool:
-    """Every fourth tensor."""
-    return int(name.split(".")[4]) % 4 == 0
+def digest_all(pairs: loaders.Pairs) -> tuple[int, int]:
+    """How many tensors, and a sum of all of their bits."""
+    import torch
+
+    count = total = 0
+    for name, tensor in pairs:
+        count += 1
+        weight = sum(name.encode())  # a tensor under another's name is seen
+        total += weight * int(tensor.view(torch.int32).sum())
+    return count, total % (1 << 64)
 
 
-def warm_file(path: Path) -> None:
-    """Bring a file into the page cache."""
-    with open(path, "rb", buffering=0) as file:
-        while file.read(1 << 24):
-            pass
+def make_model(specification: dict[str, Any]) -> dict[str, Any]:
+    """Tensors to copy into, touched."""
+    import torch
+
+    kind = SETS[specification["data"]]
+    dtype = torch.float32 if kind.dtype == "float32" else torch.int64
+    return {
+        tensor_name(i): torch.zeros(kind.elements, dtype=dtype).fill_(1)
+        for i in kind.wanted(specification["part"])
+    }
+
+
+def set_cache(paths: list[Path], cache: str) -> None:
+    """Make the files cold or warm, and see to it that they are."""
+    for path in paths:
+        if cache == "cold":
+            drop_cache(path)
+        else:
+            warm_file(path)
+    share = cached_share(paths)
+    if (cache == "cold" and share > 0.01) or (cache == "warm" and share < 0.99):
+        raise SystemExit(f"not {cache}: {share:.1%} of {paths[0].name} is in the page cache")
+
+
+def measure(specification: dict[str, Any]) -> dict[str, Any]:
+    """Prepare, load, consume."""
+    import numpy  # noqa: F401
+    import safetensors.torch  # noqa: F401
+    import torch
+
+    kind = SETS[specification["data"]]
+    numbers = kind.wanted(specification["part"])
+    wanted = None if specification["part"] == "whole" else frozenset(map(tensor_name, numbers))
+    kept = len(numbers) * kind.tensor_bytes
+    cold = specification["cache"] == "cold"
+    loader = loaders.make(specification["loader"], specification["options"])
+    small = warm_up_file()
+    sources = data_files(specification["data"])
+    paths = [loader.file_of(path) for path in sources]
+
+    # Whatever a process does once: lazy imports, thread pools, a first load.
+    torch.ones(1 << 20).sum()
+    torch.empty(1 << 20).copy_(torch.ones(1 << 20))
+    loader.start(wanted)
+    loader.prepare(small)
+    first = wanted and frozenset([tensor_name(0)])
+    sum_all(loader.load([loader.file_of(small)], first))
+
+    is_copied = specification["consumer"] == "copy"
+    model = make_model(specification) if is_copied else {}
+    set_cache(paths, specification["cache"])
+    needed = (kept if loader.owned else 0) + (kept if cold else 0)
+    touch_memory(needed + HIDDEN_BYTES if needed else 0)
+    set_cache(paths, specification["cache"])
+
+    measured: dict[str, Any] = {"kept_bytes": kept}
+    if specification["do"] == "memory":
+        print("ready", flush=True)
+        sys.stdin.readline()
+        private = private_bytes()
+        count, digest = digest_all(loader.load(paths, wanted))
+        measured |= {"private_before": private, "tensors": count, "digest": digest}
+        if count != len(numbers):
+            raise SystemExit(f"{count} tensors instead of {len(numbers)}")
+    else:
+        disk, device = disk_bytes(paths[0]), device_bytes()
+        start = time.perf_counter()
+        pairs = loader.load(paths, wanted)
+        returned = time.perf_counter()
+        if is_copied:
+            copy_all(pairs, model)
+        else:
+            sum_all(pairs)
+        done = time.perf_counter()
+        measured |= {
+            "return_s": None if loader.streams else returned - start,
+            "read_s": done - start,
+            "memory_s": (returned if loader.owned and not loader.streams else done) - start,
+            **device_figures(device, disk, paths[0]),
+        }
+    wrong = loader.check()
+    if wrong:
+        raise SystemExit(wrong)
+    measured["version"] = loader.version()
+    return measured
+
+
+def device_figures(device: int, disk: int | None, path: Path) -> dict[str, Any]:
+    """Bytes from the device since then; void where others read as well."""
+    read, disk_now = device_bytes() - device, disk_bytes(path)
+    if disk is None or disk_now is None:
+        return {"device_bytes": read, "device_void": "no diskstats"}
+    difference = abs((disk_now - disk) - read)
+    is_void = difference > max(0.05 * max(read, disk_now - disk), 4 << 20)
+    return {"device_bytes": read, "device_void": "others read, too" if is_void else None}
 
 
 def main() -> None:
-    """Prepare, measure, print."""
-    action, side, path = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-    import numpy  # noqa: F401
-    import safetensors.torch
-    import torch
-
-    small = path.with_name("warm-up.safetensors")
-    if not small.exists():
-        safetensors.torch.save_file({tensor_name(0): torch.ones(4)}, small)
-    if side == "ours":
-        import stx_patch
-
-        stx_patch.patch(is_wanted if action == "cold_quarter" else None)
-    for tensor in safetensors.torch.load_file(small).values():  # whatever happens once
-        tensor.sum()
-    if action != "cold_quarter":
-        warm_file(path)
-    touch_memory(min(4 << 30, 2 * path.stat().st_size))
-    cold = action == "cold_quarter"
-    if cold and drop_cache(path) * 4096 > path.stat().st_size / 100:
-        raise SystemExit(f"{path} could not be dropped from the page cache")
-    private, device, start = private_bytes(), device_bytes(), time.perf_counter()
-    loaded = act(action, side, path)
-    returned = time.perf_counter()
-    read_everything(loaded)
-    done = time.perf_counter()
-    result = {
-        "return_s": returned - start,
-        "read_s": done - start,
-        "device_bytes": device_bytes() - device if cold else None,
-        "private_bytes": private_bytes() - private if action == "load_file" else None,
-    }
-    print(json.dumps(result))
+    """One measurement, one line of JSON."""
+    specification = json.loads(sys.argv[1])
+    if specification["do"] == "prepare":
+        loader = loaders.make(specification["loader"], specification["options"])
+        loader.start(None)
+        for path in (*data_files(specification["data"]), warm_up_file()):
+            loader.prepare(path)
+        measured: dict[str, Any] = {}
+    else:
+        measured = measure(specification)
+    print(json.dumps(measured), flush=True)
+    os._exit(0)  # without giving back gigabytes one by one
 
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ def make_llama(target: Path) -> None:
         num_key_value_heads=4,
         vocab_size=32_000,
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    make: Any = AutoModelForCausalLM.from_config
+    model = make(config, dtype=torch.bfloat16)
     model.save_pretrained(target, max_shard_size="300MB")
 
 

@@ -12,12 +12,13 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from system import device_bytes, drop_cache
 
 Result = dict[str, Any]
 SENTENCES = ["A loader should be boring.", "Read only what is needed.", "Wrong weights are worse."]
@@ -97,35 +98,6 @@ def run_cold_part(
         "cached_before": cached,
         "digest": digest_tensors(iter(tensors.items())),
     }
-
-
-def drop_cache(path: Path) -> int:
-    """Put a file out of the page cache; returns how many of its pages stayed.
-
-    OSError where the system does not tell (before Linux 6.5): then nothing is known to be cold.
-    """
-    import ctypes
-
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        whole, pages = (ctypes.c_uint64 * 2)(0, 0), (ctypes.c_uint64 * 5)()
-        cachestat = 451  # Linux 6.5; the same number everywhere
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.syscall(cachestat, descriptor, whole, pages, 0) != 0:
-            raise OSError(ctypes.get_errno(), "cachestat: cannot tell what is cached")
-        return int(pages[0])
-    finally:
-        os.close(descriptor)
-
-
-def device_bytes() -> int:
-    """What this process has had read from storage."""
-    for line in Path("/proc/self/io").read_text().splitlines():
-        if line.startswith("read_bytes"):
-            return int(line.split()[1])
-    raise RuntimeError("/proc/self/io has no read_bytes")
 
 
 def warm_up(program: str) -> None:

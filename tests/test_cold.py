@@ -340,3 +340,34 @@ def test_kinds_of_file_systems(cold, tmp_path_factory, kind):
     isolated = ["unshare", "-m"] if mount != "true" else []
     done = subprocess.run([*isolated, "sh", "-c", command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# --- little of everything ---
+
+
+def test_no_memory_may_be_locked_and_few_descriptors_are_left(tmp_path):
+    """100 shards under a limit of 64 descriptors, by each way of reading."""
+    for i in range(100):
+        path = tmp_path / f"{i}.safetensors"
+        safetensors.torch.save_file({name_of(i): torch.full((MIB // 2,), float(i))}, path)
+        drop_from_cache(path)
+    run_python(
+        """
+        import resource, sys, torch, safetensors, safetensors.torch, stx_patch
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        stx_patch.patch(direct_io="on")
+        held = []
+        for i in range(100):
+            path = f"{sys.argv[1]}/{i}.safetensors"
+            handle = safetensors.safe_open(path, "pt")  # mapped: no descriptor stays
+            held.append((handle, safetensors.torch.load_file(path, backend="pread")))
+            held.append((None, dict(stx_patch.safe_open(path).tensors())))
+            held.append((None, handle.get_tensors()))
+        for _, tensors in held:
+            for name, tensor in tensors.items():
+                assert (tensor == int(name.split(".")[2])).all()
+        assert stx_patch.stats().fallbacks == {}
+        """,
+        str(tmp_path),
+    )

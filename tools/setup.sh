@@ -5,6 +5,7 @@
 #   tools/setup.sh no-build        without the extension
 #   tools/setup.sh with-upstream   and safetensors' own tests
 #   tools/setup.sh with-clang      and clang with libFuzzer, and clang-tidy
+#   tools/setup.sh with-peers      and other loaders, in .peers, for the benchmarks
 #
 # Each step says what it does and is skipped when it was done before with the same inputs: their
 # hashes are kept in .stamps/. System packages are installed by apt-get, as root or through sudo;
@@ -113,6 +114,25 @@ upstream_step() {
     printf '%s\n' "$1" >.stamps/upstream
 }
 
+# --- peers -------------------------------------------------------------------------------------
+
+# Other loaders, in a folder of their own, so that they replace nothing. What cannot be installed
+# leaves its error in .peers/failed, for its row in the tables.
+peers_step() {
+    rm -rf .peers
+    mkdir -p .peers/site .peers/failed
+    local package
+    for package in $(grep -v '^#' benchmarks/peers.txt); do
+        say "installing $package into .peers"
+        if ! install --no-deps --target .peers/site "$package" 2>.peers/error; then
+            grep ERROR .peers/error | tail -n 1 >".peers/failed/$package" || true
+            say "could not install $package: $(cat ".peers/failed/$package")"
+        fi
+    done
+    rm -f .peers/error
+    printf '%s\n' "$1" >.stamps/peers
+}
+
 # --- extension ---------------------------------------------------------------------------------
 
 # STX_WERROR is left out: it changes whether the build succeeds, not what is built.
@@ -167,6 +187,11 @@ if [ "${1:-}" = with-upstream ] &&
     { [ "$(stamp upstream)" != "$upstream" ] || [ ! -d .upstream ]; }; then
     did_nothing=
     upstream_step "$upstream"
+fi
+peers=$(cat benchmarks/peers.txt requirements-dev.txt | hash_of_input)
+if [ "${1:-}" = with-peers ] && { [ "$(stamp peers)" != "$peers" ] || [ ! -d .peers ]; }; then
+    did_nothing=
+    peers_step "$peers"
 fi
 if [ "${1:-}" != no-build ] && ! build_is_current "$build"; then
     did_nothing=

@@ -131,7 +131,7 @@ struct stx_range stx_follow_demand(struct stx_follow *follow, size_t index) {
         follow->cursor++;
         follow->given_bytes = 0;
     }
-    follow->taken[index] = 1;
+    follow->taken[index] = STX_FOLLOW_DEMANDED;
     for (unsigned o = 0; o < STX_FOLLOW_ORDERS; o++) {
         struct stx_follow_order *order = &follow->orders[o];
         const size_t place = order->places == NULL ? index : order->places[index];
@@ -168,7 +168,7 @@ bool stx_follow_next(struct stx_follow *follow, uint64_t block_bytes, struct stx
     const uint64_t begin_bytes = range->begin_bytes + follow->given_bytes;
     const uint64_t block_end = stx_align_down(begin_bytes, block_bytes) + block_bytes;
     *next = (struct stx_range){begin_bytes, stx_min_u64(range->end_bytes, block_end)};
-    follow->taken[index] = 1;
+    follow->taken[index] = STX_FOLLOW_GIVEN;
     follow->ahead_bytes += size_of(next);
     follow->given_bytes = next->end_bytes - range->begin_bytes;
     if (next->end_bytes == range->end_bytes) {

@@ -28,6 +28,9 @@ struct stx_range {
 /* Given out ahead of a consumer that has just shown its order. */
 #define STX_FOLLOW_FLOOR_BYTES (UINT64_C(4) << 20)
 
+/* What has become of a tensor: given out ahead, or asked for. */
+enum { STX_FOLLOW_GIVEN = 1, STX_FOLLOW_DEMANDED = 2 };
+
 /* One order and where the consumer is in it. */
 struct stx_follow_order {
     uint32_t *indexes; /* place -> tensor; NULL for the file's order, where they are equal */
@@ -40,7 +43,7 @@ struct stx_follow_order {
 /* Caller-owned; a zeroed struct is an empty one. */
 struct stx_follow {
     struct stx_range *tensors;
-    uint8_t *taken; /* flags: given out, or asked for */
+    uint8_t *taken; /* 0, or one of the two below */
     size_t count;
     struct stx_follow_order orders[STX_FOLLOW_ORDERS];
     unsigned current;      /* the order that is followed */

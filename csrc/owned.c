@@ -12,9 +12,12 @@
 #include <assert.h>
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdlib.h>
 #include <unistd.h>
 
 #include "checked.h"
+#include "mapping.h"
+#include "residency.h"
 #include "thread.h"
 
 #define SMALL_BYTES (UINT64_C(1) << 20)
@@ -31,6 +34,23 @@ struct stx_plan_limits stx_owned_limits(uint64_t file_size_bytes) {
                                                        : STX_OWNED_BLOCK_BYTES};
 }
 
+/* The same of a system without cachestat: a mapping is needed to ask. */
+static void ask_mapping(struct stx_owned_way *way, const struct stx_file *file,
+                        const struct stx_read *reads, size_t reads_count) {
+    struct stx_err ignored;
+    struct stx_mapping *mapping = NULL;
+    struct stx_range *ranges = calloc(reads_count + 1, sizeof *ranges);
+    if (ranges != NULL && stx_mapping_open(&mapping, file, &ignored) == STX_OK) {
+        for (size_t i = 0; i < reads_count; i++)
+            ranges[i] = (struct stx_range){reads[i].begin_bytes, reads[i].end_bytes};
+        const enum stx_residency residency = stx_residency_ask(mapping, ranges, reads_count);
+        way->known = residency != STX_RESIDENCY_UNKNOWN;
+        way->warm = residency == STX_RESIDENCY_WARM;
+        stx_mapping_release(mapping);
+    }
+    free(ranges);
+}
+
 /* Ask for samples of the reads what the page cache has of them. */
 static void ask_cache(struct stx_owned_way *way, const struct stx_file *file,
                       const struct stx_read *reads, size_t reads_count) {
@@ -39,8 +59,10 @@ static void ask_cache(struct stx_owned_way *way, const struct stx_file *file,
     const size_t step = reads_count / SAMPLES_MAX + 1;
     for (size_t i = 0; i < reads_count; i += step) {
         if (stx_file_cached_range(file, reads[i].begin_bytes, reads[i].end_bytes, &cached,
-                                  &ignored) != STX_OK)
+                                  &ignored) != STX_OK) {
+            ask_mapping(way, file, reads, reads_count);
             return;
+        }
         cached_bytes += cached;
         asked_bytes += reads[i].end_bytes - reads[i].begin_bytes;
     }
@@ -77,7 +99,6 @@ void stx_owned_way_close(struct stx_owned_way *way) {
 struct populating {
     struct stx_arena *arena;
     atomic_bool stop;
-    bool started;
     pthread_t thread;
 };
 
@@ -91,17 +112,24 @@ static void *populate(void *argument) {
     return NULL;
 }
 
-static void populating_open(struct populating *populating, struct stx_arena *arena) {
+/* Begin; NULL where it is not worth it or there is no thread. On the heap, not on a stack: a thread
+ * of Python may end in the middle of a load, at the exit of the interpreter. */
+static struct populating *populating_open(struct stx_arena *arena) {
+    if (stx_arena_size_bytes(arena) < POPULATE_BYTES_MIN) return NULL;
+    struct populating *populating = calloc(1, sizeof *populating);
+    if (populating == NULL) return NULL;
     populating->arena = arena;
     atomic_init(&populating->stop, false);
-    populating->started = stx_arena_size_bytes(arena) >= POPULATE_BYTES_MIN &&
-                          stx_thread_start(&populating->thread, populate, populating) == 0;
+    if (stx_thread_start(&populating->thread, populate, populating) == 0) return populating;
+    free(populating);
+    return NULL;
 }
 
 static void populating_close(struct populating *populating) {
-    if (!populating->started) return;
+    if (populating == NULL) return;
     atomic_store(&populating->stop, true);
     (void)pthread_join(populating->thread, NULL);
+    free(populating);
 }
 
 /* --- the load --- */
@@ -113,6 +141,20 @@ enum stx_status stx_owned_run(const struct stx_load_job *job, struct stx_load_re
     struct stx_load_job any = *job;
     any.limits.engine = STX_ENGINE_AUTO;
     return stx_load_run(&any, result, err);
+}
+
+enum stx_status stx_owned_read_plainly(const struct stx_file *file, const struct stx_read *reads,
+                                       size_t reads_count, struct stx_arena *arena,
+                                       struct stx_load_result *result, struct stx_err *err) {
+    for (size_t i = 0; i < reads_count; i++) {
+        const uint64_t size_bytes = reads[i].end_bytes - reads[i].begin_bytes;
+        result->failed_offset_bytes = reads[i].begin_bytes;
+        STX_TRY(stx_file_read(file, stx_arena_bytes(arena) + reads[i].memory_bytes, size_bytes,
+                              reads[i].begin_bytes, err));
+        result->requests++;
+        result->bytes_read += size_bytes;
+    }
+    return STX_OK;
 }
 
 /* The exact bytes of each span, one after the other. */
@@ -157,7 +199,7 @@ static enum stx_status read_large(const struct stx_plan *plan, struct stx_arena 
                                   const struct stx_owned_patience *patience,
                                   struct stx_load_result *result, struct stx_err *err) {
     struct whole whole = {.arena = arena, .patience = patience};
-    struct populating populating;
+    struct populating *const populating = populating_open(arena);
     const struct stx_load_piece piece = {.read_first = 0, .reads_count = plan->reads_count};
     const struct stx_load_job job = {.files = &way->load_file,
                                      .reads = plan->reads,
@@ -170,9 +212,8 @@ static enum stx_status read_large(const struct stx_plan *plan, struct stx_arena 
                                                .done = done_whole,
                                                .keep_going = keep_going},
                                      .limits = way->limits};
-    populating_open(&populating, arena);
     const enum stx_status status = stx_owned_run(&job, result, err);
-    populating_close(&populating);
+    populating_close(populating);
     return status;
 }
 
@@ -187,7 +228,9 @@ enum stx_status stx_owned_read(const struct stx_file *file, const struct stx_pla
            stx_plan_memory_bytes(plan->reads, plan->reads_count, STX_LOAD_ALIGN_BYTES));
     if (plan->bytes_kept < SMALL_BYTES) return read_small(file, plan, arena, result, err);
     stx_owned_way_open(way, file, plan->reads, plan->reads_count, options);
-    const enum stx_status status = read_large(plan, arena, way, patience, result, err);
+    enum stx_status status = read_large(plan, arena, way, patience, result, err);
+    if (status == STX_ERR_IO && result->failed_file == STX_LOAD_NO_FILE) /* no engine at all */
+        status = stx_owned_read_plainly(file, plan->reads, plan->reads_count, arena, result, err);
     stx_owned_way_close(way);
     return status;
 }

@@ -57,6 +57,13 @@ void stx_owned_way_close(struct stx_owned_way *way);
 enum stx_status stx_owned_run(const struct stx_load_job *job, struct stx_load_result *result,
                               struct stx_err *err) STX_NODISCARD;
 
+/* The reads one after the other, by the calling thread, into the memory of their piece. Errors:
+ * STX_ERR_IO; `result->failed_offset_bytes` says where. */
+enum stx_status stx_owned_read_plainly(const struct stx_file *file, const struct stx_read *reads,
+                                       size_t reads_count, struct stx_arena *arena,
+                                       struct stx_load_result *result,
+                                       struct stx_err *err) STX_NODISCARD;
+
 /* Asked at least every 100 ms; false cancels. */
 struct stx_owned_patience {
     bool (*keep_going)(void *context);

@@ -86,17 +86,21 @@ static void count_demand(struct stx_py_handle *self) {
     if (self->ahead == STX_AHEAD_UNDECIDED && self->demands_count++ != 0) prepare(self);
 }
 
-void stx_py_ahead_range(const struct stx_py_place *place, size_t index, uint64_t begin_bytes,
+bool stx_py_ahead_range(const struct stx_py_place *place, size_t index, uint64_t begin_bytes,
                         uint64_t end_bytes) {
     const struct stx_range range = {begin_bytes, end_bytes};
     struct stx_mapping *const mapping = place->mapping;
-    if (!place->ahead || begin_bytes >= end_bytes) return;
+    bool warm = false;
+    if (!place->ahead || begin_bytes >= end_bytes) return false;
     Py_BEGIN_ALLOW_THREADS; /* whoever called keeps the mapping */
     if (stx_readahead_is_prepared(mapping))
         stx_readahead_demand(mapping, index, begin_bytes, end_bytes);
-    else if (stx_residency_ask(mapping, &range, 1) != STX_RESIDENCY_WARM)
+    else
+        warm = stx_residency_ask(mapping, &range, 1) == STX_RESIDENCY_WARM;
+    if (!warm && !stx_readahead_is_prepared(mapping))
         stx_readahead_one(mapping, begin_bytes, end_bytes);
     Py_END_ALLOW_THREADS;
+    return warm;
 }
 
 void stx_py_ahead_tensor(struct stx_py_handle *self, size_t index) {
@@ -105,8 +109,8 @@ void stx_py_ahead_tensor(struct stx_py_handle *self, size_t index) {
     count_demand(self);
     if (self->ahead == STX_AHEAD_OFF || self->ahead == STX_AHEAD_WARM) return;
     const struct stx_py_place place = stx_py_handle_place(self);
-    stx_py_ahead_range(&place, index, data_begin_bytes + tensor->begin,
-                       data_begin_bytes + tensor->end);
+    (void)stx_py_ahead_range(&place, index, data_begin_bytes + tensor->begin,
+                             data_begin_bytes + tensor->end);
 }
 
 void stx_py_ahead_slice(struct stx_py_handle *self) { count_demand(self); }

@@ -18,8 +18,9 @@ void stx_py_ahead_tensor(struct stx_py_handle *self, size_t index);
 void stx_py_ahead_slice(struct stx_py_handle *self);
 
 /* [begin, end) of the file, all or a part of tensor `index`, is about to be touched through a
- * slice. The caller holds a use of the mapping. */
-void stx_py_ahead_range(const struct stx_py_place *place, size_t index, uint64_t begin_bytes,
+ * slice. The caller holds a use of the mapping. Whether it was in the page cache, as far as was
+ * asked. */
+bool stx_py_ahead_range(const struct stx_py_place *place, size_t index, uint64_t begin_bytes,
                         uint64_t end_bytes);
 
 /* All kept tensors are about to be handed out. 0, or -1 with an exception. */

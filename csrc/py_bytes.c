@@ -14,6 +14,7 @@
 #include "memory.h"
 #include "py_err.h"
 #include "py_filter.h"
+#include "py_modes.h"
 #include "py_names.h"
 #include "py_owned.h"
 #include "py_tensor.h"
@@ -81,7 +82,8 @@ static int place(const struct stx_py_state *state, struct loading *loading) {
     for (size_t i = 0; i < header->tensors_count; i++) {
         const struct stx_tensor *tensor = &header->tensors[i];
         if (!keeps(loading, i)) continue;
-        if (!stx_py_owned_is_native(tensor)) {
+        /* Stock looks dtypes up in a table of its own here, which lacks this one. */
+        if (tensor->dtype == STX_DTYPE_F8_E8M0 || !stx_py_owned_is_native(tensor)) {
             (void)stx_err_set(&err, STX_ERR_UNSUPPORTED, "a tensor of another kind");
             (void)stx_py_raise_refused(state, &err);
             return -1;
@@ -107,6 +109,7 @@ static void copy(struct loading *loading) {
 
 static PyObject *hand_out(struct stx_py_state *state, struct loading *loading) {
     PyObject *py_tensors = PyDict_New();
+    const int paused = stx_py_torch_pause_collections(state);
     for (size_t i = 0; py_tensors != NULL && i < loading->header.tensors_count; i++) {
         if (!keeps(loading, i)) continue;
         PyObject *py_name = stx_py_names_get(&loading->names, i);
@@ -118,6 +121,7 @@ static PyObject *hand_out(struct stx_py_state *state, struct loading *loading) {
             Py_CLEAR(py_tensors);
         Py_XDECREF(py_tensor);
     }
+    if (paused) (void)PyGC_Enable();
     return py_tensors;
 }
 

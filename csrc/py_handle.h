@@ -51,6 +51,7 @@ struct stx_py_handle {
     size_t busy;
     bool closed;
     enum stx_py_ahead ahead;
+    bool ahead_counted;     /* what the page cache had of the file is in the counters */
     uint32_t demands_count; /* tensors and slices asked for while undecided */
     struct stx_py_options options;
 };

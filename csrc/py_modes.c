@@ -20,3 +20,9 @@ int stx_py_torch_dispatch_depth(const struct stx_py_state *state) {
 int stx_py_torch_function_depth(const struct stx_py_state *state) {
     return read_depth(state->torch.function_stack_depth);
 }
+
+int stx_py_torch_pause_collections(const struct stx_py_state *state) {
+    const int depth = stx_py_torch_function_depth(state);
+    if (depth < 0) PyErr_Clear();
+    return depth == 0 && PyGC_Disable();
+}

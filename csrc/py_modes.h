@@ -12,4 +12,9 @@
 int stx_py_torch_dispatch_depth(const struct stx_py_state *state);
 int stx_py_torch_function_depth(const struct stx_py_state *state);
 
+/* Pause garbage collections while thousands of tensors are made, if no mode runs Python code
+ * meanwhile: they would walk the whole process, and nothing made can be garbage yet. Whether they
+ * were on; then PyGC_Enable ends the pause. */
+int stx_py_torch_pause_collections(const struct stx_py_state *state);
+
 #endif

@@ -84,6 +84,7 @@ static struct stx_py_handle *new_handle(struct stx_py_state *state, struct stx_s
     self->busy = 0;
     self->closed = false;
     self->demands_count = 0;
+    self->ahead_counted = false;
     self->options = *options;
     self->ahead = options->read_ahead_bytes == 0 || source->mapping == NULL ? STX_AHEAD_OFF
                                                                             : STX_AHEAD_UNDECIDED;

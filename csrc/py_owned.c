@@ -10,6 +10,7 @@
 
 #include "checked.h"
 #include "py_err.h"
+#include "py_modes.h"
 #include "py_tensor.h"
 
 /* --- the descriptor --- */
@@ -33,9 +34,11 @@ struct stx_owned_options stx_py_owned_options(const struct stx_py_handle *self) 
                                       .inflight_bytes = (uint64_t)self->options.inflight_bytes};
 }
 
-void stx_py_owned_count(struct stx_py_state *state, const struct stx_load_result *result,
-                        uint64_t wanted_bytes, const char *why_buffered) {
+void stx_py_owned_count(struct stx_py_handle *self, const struct stx_load_result *result,
+                        uint64_t wanted_bytes, const struct stx_owned_way *way) {
+    struct stx_py_state *state = self->state;
     struct stx_py_counters *counters = &state->counters;
+    if (result->requests == 0) return; /* nothing was to be read, or could be */
     counters->requests += result->requests;
     counters->retries += result->retries;
     counters->bytes_read += result->bytes_read;
@@ -43,9 +46,14 @@ void stx_py_owned_count(struct stx_py_state *state, const struct stx_load_result
         counters->bytes_over_read += result->bytes_read - wanted_bytes;
     if (result->direct) counters->loads_direct++;
     if (!result->direct) counters->loads_buffered++;
-    if (result->engine == NULL) return; /* too small for one */
+    if (result->engine == NULL) return; /* too small for one, and for asking the page cache */
     state->engine = result->engine;
-    state->why_buffered = result->direct ? NULL : why_buffered;
+    state->why_buffered = result->direct ? NULL : way->why_buffered;
+    if (self->ahead_counted) return;
+    self->ahead_counted = true;
+    if (!way->known) counters->files_unknown++;
+    if (way->known && way->warm) counters->files_warm++;
+    if (way->known && !way->warm) counters->files_cold++;
 }
 
 /* The first kept tensor, from `first` on, that a file which was cut short does not hold any more:
@@ -115,9 +123,10 @@ static bool ask_python(void *context) {
 
 /* Read `plan` into `*arena`, which is made for it. 0; or -1 with an exception, if a signal handler
  * raised one, else with `err` and where in the file that was. */
-static int read_plan(struct stx_py_state *state, const struct stx_file *file,
-                     const struct stx_plan *plan, const struct stx_owned_options *options,
+static int read_plan(struct stx_py_handle *self, const struct stx_plan *plan,
                      struct stx_arena **arena, uint64_t *failed_offset_bytes, struct stx_err *err) {
+    const struct stx_owned_options options = stx_py_owned_options(self);
+    struct stx_py_file *const file = self->file; /* `busy` keeps it open */
     struct patience patience = {.raised = false};
     const struct stx_owned_patience core_patience = {.keep_going = ask_python,
                                                      .context = &patience};
@@ -130,14 +139,13 @@ static int read_plan(struct stx_py_state *state, const struct stx_file *file,
     patience.thread = PyEval_SaveThread();
     status = stx_arena_open(arena, memory_bytes, err);
     if (status == STX_OK) {
-        status = stx_owned_read(file, plan, *arena, options, &core_patience, &result, &way, err);
+        status =
+            stx_owned_read(&file->file, plan, *arena, &options, &core_patience, &result, &way, err);
         if (status != STX_OK || result.cancelled) stx_arena_release(*arena);
     }
     PyEval_RestoreThread(patience.thread);
-    state->counters.read_ns += stx_py_clock_ns() - start_ns;
-    stx_py_owned_count(state, &result, plan->bytes_kept, way.why_buffered);
-    if (way.known && way.warm) state->counters.files_warm++;
-    if (way.known && !way.warm) state->counters.files_cold++;
+    self->state->counters.read_ns += stx_py_clock_ns() - start_ns;
+    stx_py_owned_count(self, &result, plan->bytes_kept, &way);
     *failed_offset_bytes = result.failed_offset_bytes;
     if (status == STX_OK && result.cancelled) {
         if (!PyErr_Occurred()) PyErr_SetNone(PyExc_KeyboardInterrupt);
@@ -172,13 +180,10 @@ static uint64_t place_of(const struct stx_py_handle *self, const struct stx_plan
 /* Memory with all that a plan reads, whose first tensor may be `first`. NULL with an exception. */
 static struct stx_arena *run_plan(struct stx_py_handle *self, const struct stx_plan *plan,
                                   size_t first) {
-    const struct stx_owned_options options = stx_py_owned_options(self);
     struct stx_arena *arena = NULL;
     struct stx_err err = {.status = STX_OK};
     uint64_t failed_offset_bytes = 0;
-    if (read_plan(self->state, &self->file->file, plan, &options, &arena, &failed_offset_bytes,
-                  &err) == 0)
-        return arena;
+    if (read_plan(self, plan, &arena, &failed_offset_bytes, &err) == 0) return arena;
     if (!PyErr_Occurred())
         (void)stx_py_owned_raise(self, &self->file->file, first, failed_offset_bytes, &err);
     return NULL;
@@ -219,6 +224,7 @@ static PyObject *hand_out_all(struct stx_py_handle *self, struct stx_arena *aren
                               const struct stx_plan *plan, int dispatch_depth) {
     const uint64_t start_ns = stx_py_clock_ns();
     PyObject *py_tensors = PyDict_New();
+    const int paused = dispatch_depth == 0 && stx_py_torch_pause_collections(self->state);
     for (size_t i = 0; py_tensors != NULL && i < self->source.header.tensors_count; i++) {
         if (!stx_py_handle_keeps(self, i)) continue;
         PyObject *py_name = stx_py_names_get(&self->names, i);
@@ -228,12 +234,14 @@ static PyObject *hand_out_all(struct stx_py_handle *self, struct stx_arena *aren
             Py_CLEAR(py_tensors);
         Py_XDECREF(py_tensor);
     }
+    if (paused) (void)PyGC_Enable();
     self->state->counters.wrap_ns += stx_py_clock_ns() - start_ns;
     return py_tensors;
 }
 
 PyObject *stx_py_owned_load(struct stx_py_handle *self, int dispatch_depth) {
-    struct stx_plan plan;
+    struct stx_plan plan = {0};
+    if (dispatch_depth != 0) return hand_out_all(self, NULL, &plan, dispatch_depth); /* stock's */
     const uint64_t start_ns = stx_py_clock_ns();
     if (plan_tensors(self, 0, 0, &plan) != 0) return NULL;
     self->state->counters.plan_ns += stx_py_clock_ns() - start_ns;

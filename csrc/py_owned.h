@@ -33,8 +33,8 @@ PyObject *stx_py_owned_raise(struct stx_py_handle *self, const struct stx_file *
                              uint64_t offset_bytes, const struct stx_err *err);
 
 /* Add what a load did to the counters, and how it was done. */
-void stx_py_owned_count(struct stx_py_state *state, const struct stx_load_result *result,
-                        uint64_t wanted_bytes, const char *why_buffered);
+void stx_py_owned_count(struct stx_py_handle *self, const struct stx_load_result *result,
+                        uint64_t wanted_bytes, const struct stx_owned_way *way);
 
 /* The core's form of a handle's options. */
 struct stx_owned_options stx_py_owned_options(const struct stx_py_handle *self);

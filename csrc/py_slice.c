@@ -15,9 +15,13 @@
 #include "py_ahead.h"
 #include "py_owned.h"
 
+/* After this many a slice takes its file for warm and asks no more. */
+#define WARM_ENOUGH 3
+
 struct slice {
     PyObject_HEAD struct stx_py_state *state; /* borrowed: the type keeps the module */
     struct stx_py_place place;                /* this slice is a user of its mapping */
+    unsigned warm_count;                      /* indexes in a row that found the page cache warm */
     struct stx_py_file *file;                 /* or of this; then nothing is mapped */
     struct stx_tensor tensor;                 /* its shape is owned, its name is not used */
     size_t index;                             /* in the file's order */
@@ -45,6 +49,7 @@ PyObject *stx_py_slice_new(struct stx_py_state *state, const struct stx_py_place
     self->tensor.name = NULL;
     self->tensor.shape = shape;
     self->index = index;
+    self->warm_count = 0;
     self->py_name = Py_NewRef(py_name);
     self->py_origin = Py_NewRef(py_origin);
     PyObject_GC_Track((PyObject *)self);
@@ -105,7 +110,7 @@ static long long find_last_element(PyObject *py_view) {
 
 /* Of a file that is not known to be warm: have exactly what a view shows read. A result with memory
  * of its own was copied already. What cannot be found out is left to the page faults. */
-static void tell_of_view(const struct slice *self, PyObject *py_view) {
+static void tell_of_view(struct slice *self, PyObject *py_view) {
     const uint64_t item_bytes = stx_dtype_info(self->tensor.dtype)->bits / 8;
     const uint64_t begin_bytes = self->place.data_begin_bytes + self->tensor.begin;
     const uint64_t size_bytes = self->tensor.end - self->tensor.begin;
@@ -117,8 +122,12 @@ static void tell_of_view(const struct slice *self, PyObject *py_view) {
     const uint64_t view_bytes = ((uint64_t)last + 1) * item_bytes;
     if (address >= memory && address - memory < size_bytes &&
         view_bytes <= size_bytes - (address - memory))
-        stx_py_ahead_range(&self->place, self->index, begin_bytes + (address - memory),
-                           begin_bytes + (address - memory) + view_bytes);
+        self->warm_count =
+            stx_py_ahead_range(&self->place, self->index, begin_bytes + (address - memory),
+                               begin_bytes + (address - memory) + view_bytes)
+                ? self->warm_count + 1
+                : 0;
+    if (self->warm_count == WARM_ENOUGH) self->place.ahead = false;
     Py_XDECREF(py_address);
     PyErr_Clear();
 }
@@ -159,7 +168,7 @@ static PyObject *slice_rows(PyObject *py_self, PyObject *py_arguments) {
 }
 
 static PyObject *slice_index(PyObject *py_self, PyObject *py_index) {
-    const struct slice *self = (struct slice *)py_self;
+    struct slice *self = (struct slice *)py_self;
     const int dispatch_depth = stx_py_torch_dispatch_depth(self->state);
     const int function_depth = dispatch_depth < 0 ? -1 : stx_py_torch_function_depth(self->state);
     if (function_depth < 0) return NULL;

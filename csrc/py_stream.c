@@ -9,6 +9,7 @@
  */
 #include "py_stream.h"
 
+#include <fcntl.h>
 #include <unistd.h>
 
 #include "py_err.h"
@@ -41,7 +42,7 @@ static int open_file(const struct stx_py_handle *handle, struct stx_file *file) 
     struct stx_err err;
     if (handle->file != NULL) {
         *file = handle->file->file;
-        file->fd = dup(handle->file->file.fd);
+        file->fd = fcntl(handle->file->file.fd, F_DUPFD_CLOEXEC, 0);
         if (file->fd >= 0) return 0;
         PyErr_SetFromErrno(PyExc_OSError);
         return -1;
@@ -94,7 +95,8 @@ static int begin(struct iterator *self) {
 /* End the reading. Once; later calls do nothing. */
 static void end(struct iterator *self) {
     struct stx_stream *const stream = self->stream;
-    const char *why_buffered = NULL;
+    struct stx_owned_way way;
+    uint64_t wanted_bytes;
     self->stream = NULL;
     self->ended = true;
     stx_arena_release(self->piece.arena);
@@ -104,8 +106,11 @@ static void end(struct iterator *self) {
         stx_stream_abandon(stream);
         return;
     }
-    const struct stx_load_result result = stx_stream_result(stream, &why_buffered);
-    stx_py_owned_count(self->handle->state, &result, result.bytes_read, why_buffered);
+    Py_BEGIN_ALLOW_THREADS;
+    stx_stream_stop(stream);
+    Py_END_ALLOW_THREADS;
+    const struct stx_load_result result = stx_stream_result(stream, &wanted_bytes, &way);
+    stx_py_owned_count(self->handle, &result, wanted_bytes, &way);
     Py_BEGIN_ALLOW_THREADS;
     stx_stream_close(stream);
     Py_END_ALLOW_THREADS;
@@ -122,8 +127,9 @@ PyObject *stx_py_stream_new(struct stx_py_handle *handle) {
     self->pid = getpid();
     self->running = false;
     self->ended = false;
-    PyObject_GC_Track((PyObject *)self);
-    if (begin(self) == 0) return (PyObject *)self;
+    const int begun = begin(self);
+    PyObject_GC_Track((PyObject *)self); /* not before: somebody could find it half made */
+    if (begun == 0) return (PyObject *)self;
     Py_DECREF(self);
     return NULL;
 }
@@ -225,9 +231,9 @@ static PyObject *iterator_next(PyObject *py_self) {
         return NULL;
     }
     if (self->ended) return NULL;
-    if (self->pid != getpid() && begin_again(self) != 0) return NULL;
     self->running = true;
-    PyObject *py_pair = advance(self);
+    const bool can_go_on = self->pid == getpid() || begin_again(self) == 0;
+    PyObject *py_pair = can_go_on ? advance(self) : NULL;
     self->running = false;
     if (py_pair == NULL) {
         PyObject *py_type, *py_value, *py_traceback;

@@ -39,6 +39,7 @@ struct wants {
     struct wants *next; /* in the queue */
     bool queued;        /* the pool is a holder of the mapping */
     bool prepared;
+    bool dense;       /* all of it is wanted; else a fault must not read around itself meanwhile */
     unsigned helpers; /* reading for it just now */
     unsigned urgent_first;
     unsigned urgent_count;
@@ -95,6 +96,7 @@ static void forget_work(struct wants *wants) {
 static void enqueue(struct wants *wants) {
     struct wants **end = &pool.queue;
     if (wants->queued) return;
+    if (!wants->dense) stx_mapping_expect_random(wants->mapping);
     while (*end != NULL) end = &(*end)->next;
     stx_mapping_hold(wants->mapping);
     wants->next = NULL;
@@ -188,6 +190,7 @@ static void serve(struct wants *wants) {
     }
     struct stx_mapping *const left = retire(wants);
     if (left == NULL) return;
+    if (!wants->dense) stx_mapping_expect_sequential(left); /* faults are on their own again */
     (void)pthread_mutex_unlock(&lock);
     stx_mapping_drop(left);
     (void)pthread_mutex_lock(&lock);
@@ -275,16 +278,12 @@ void stx_readahead_all(struct stx_mapping *mapping, struct stx_range *ranges, si
         stx_follow_free(&follow);
         return;
     }
-    if (dense) {
-        stx_mapping_expect_sequential(mapping);
-        stx_mapping_expect_all(mapping);
-    } else {
-        stx_mapping_expect_random(mapping);
-    }
+    if (dense) stx_mapping_expect_all(mapping);
     (void)pthread_mutex_lock(&lock);
     const struct stx_follow before = wants->follow;
     wants->follow = follow;
     wants->prepared = true;
+    wants->dense = dense;
     begin_work(wants);
     (void)pthread_mutex_unlock(&lock);
     follow = before;
@@ -307,7 +306,6 @@ static void read_one(struct stx_mapping *mapping, struct stx_range range) {
 }
 
 void stx_readahead_one(struct stx_mapping *mapping, uint64_t begin_bytes, uint64_t end_bytes) {
-    stx_mapping_expect_random(mapping);
     if (begin_bytes < end_bytes) read_one(mapping, (struct stx_range){begin_bytes, end_bytes});
 }
 
@@ -323,17 +321,11 @@ void stx_readahead_prepare(struct stx_mapping *mapping, struct stx_range *tensor
     if (is_first) {
         wants->follow = follow;
         wants->prepared = true;
+        wants->dense = dense;
     }
     (void)pthread_mutex_unlock(&lock);
-    if (!is_first) {
-        stx_follow_free(&follow);
-        return;
-    }
-    if (dense) {
-        stx_mapping_expect_sequential(mapping);
-        stx_mapping_expect_all(mapping);
-    }
-    if (!dense) stx_mapping_expect_random(mapping);
+    if (!is_first) stx_follow_free(&follow);
+    if (is_first && dense) stx_mapping_expect_all(mapping);
 }
 
 bool stx_readahead_is_prepared(const struct stx_mapping *mapping) {
@@ -345,15 +337,24 @@ bool stx_readahead_is_prepared(const struct stx_mapping *mapping) {
     return prepared;
 }
 
+static bool is_resident(const struct stx_mapping *mapping, uint64_t begin_bytes,
+                        uint64_t end_bytes) {
+    uint32_t resident_pages = 0, asked_pages = 0;
+    stx_mapping_sample(mapping, begin_bytes, end_bytes, &resident_pages, &asked_pages);
+    return resident_pages == asked_pages;
+}
+
 void stx_readahead_demand(struct stx_mapping *mapping, size_t index, uint64_t begin_bytes,
                           uint64_t end_bytes) {
     struct wants *wants = (struct wants *)stx_mapping_notes(mapping);
     struct stx_range missing = {begin_bytes, end_bytes};
+    bool again = false;
     if (wants == NULL) return;
     (void)pthread_mutex_lock(&lock);
     const struct stx_follow *follow = &wants->follow;
     if (wants->prepared && index < follow->count) {
         const struct stx_range whole = follow->tensors[index];
+        again = follow->taken[index] == STX_FOLLOW_DEMANDED;
         if (whole.begin_bytes == begin_bytes && whole.end_bytes == end_bytes) {
             missing = stx_follow_demand(&wants->follow, index);
             begin_work(wants);
@@ -362,6 +363,8 @@ void stx_readahead_demand(struct stx_mapping *mapping, size_t index, uint64_t be
         }
     }
     (void)pthread_mutex_unlock(&lock);
+    if (again && !is_resident(mapping, begin_bytes, end_bytes)) /* the system took it back */
+        missing = (struct stx_range){begin_bytes, end_bytes};
     if (missing.begin_bytes < missing.end_bytes) read_one(mapping, missing);
 }
 

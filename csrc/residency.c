@@ -15,6 +15,7 @@
 #include "checked.h"
 
 #define SAMPLES_MAX 64
+#define STEP_BYTES_MIN (UINT64_C(256) << 10)
 #define TEXT_BYTES 8192
 
 enum stx_residency stx_residency_ask(const struct stx_mapping *mapping,
@@ -23,7 +24,7 @@ enum stx_residency stx_residency_ask(const struct stx_mapping *mapping,
     uint32_t resident_pages = 0, asked_pages = 0;
     for (size_t i = 0; i < count; i++) total_bytes += ranges[i].end_bytes - ranges[i].begin_bytes;
     if (total_bytes == 0) return STX_RESIDENCY_WARM;
-    const uint64_t step_bytes = stx_max_u64(total_bytes / SAMPLES_MAX, 1);
+    const uint64_t step_bytes = stx_max_u64(total_bytes / SAMPLES_MAX, STEP_BYTES_MIN);
     for (size_t i = 0; i < count; i++) {
         const uint64_t size_bytes = ranges[i].end_bytes - ranges[i].begin_bytes;
         while (sample < passed_bytes + size_bytes) { /* this range holds the byte `sample` */

@@ -39,6 +39,8 @@ struct stx_stream {
     uint64_t window_bytes;
     struct stx_owned_way way;
     pthread_t thread;
+    bool started; /* and not joined */
+    bool alone;   /* there is no thread */
 
     pthread_mutex_t lock; /* guards what follows, and the pieces' arenas and flags */
     pthread_cond_t change;
@@ -221,8 +223,9 @@ enum stx_status stx_stream_open(struct stx_stream **stream, struct stx_file *fil
                        options);
     (void)pthread_mutex_init(&opened->lock, NULL);
     stx_thread_condition_init(&opened->change);
-    const int failure = stx_thread_start(&opened->thread, read_all, opened);
-    if (failure != 0) status = stx_err_set_errno(err, failure, "pthread_create");
+    /* Where no thread is to be had, the consumer reads its pieces itself. */
+    opened->started = stx_thread_start(&opened->thread, read_all, opened) == 0;
+    opened->alone = !opened->started;
 out:
     if (status != STX_OK) release(opened);
     if (status == STX_OK) *stream = opened;
@@ -238,6 +241,18 @@ static void give_back(struct stx_stream *stream) {
     (void)pthread_cond_broadcast(&stream->change);
 }
 
+/* Without a thread: read a piece here. */
+static enum stx_status read_piece(struct stx_stream *stream, struct piece *piece,
+                                  struct stx_err *err) {
+    stx_arena_release(piece->arena);
+    piece->arena = NULL;
+    STX_TRY(stx_arena_open(&piece->arena, piece->memory_bytes, err));
+    STX_TRY(stx_owned_read_plainly(&stream->file, &stream->plan.reads[piece->read_first],
+                                   piece->reads_count, piece->arena, &stream->result, err));
+    piece->ready = true;
+    return STX_OK;
+}
+
 enum stx_status stx_stream_next(struct stx_stream *stream, uint32_t timeout_ms,
                                 struct stx_stream_piece *piece, bool *ready,
                                 uint64_t *failed_offset_bytes, struct stx_err *err) {
@@ -248,7 +263,11 @@ enum stx_status stx_stream_next(struct stx_stream *stream, uint32_t timeout_ms,
     give_back(stream);
     const bool is_end = stream->taken_count == stream->pieces_count;
     struct piece *const next = &stream->pieces[stream->taken_count];
-    while (!is_end && !next->ready && !stream->finished)
+    if (stream->alone && !is_end) {
+        status = read_piece(stream, next, err);
+        *failed_offset_bytes = stream->result.failed_offset_bytes;
+    }
+    while (!stream->alone && !is_end && !next->ready && !stream->finished)
         if (pthread_cond_timedwait(&stream->change, &stream->lock, &until) != 0) break;
     if (is_end) {
         *piece = (struct stx_stream_piece){.arena = NULL};
@@ -275,27 +294,28 @@ enum stx_status stx_stream_next(struct stx_stream *stream, uint32_t timeout_ms,
 
 const struct stx_file *stx_stream_file(const struct stx_stream *stream) { return &stream->file; }
 
-struct stx_load_result stx_stream_result(struct stx_stream *stream, const char **why_buffered) {
-    (void)pthread_mutex_lock(&stream->lock);
-    const struct stx_load_result result = stream->result;
-    (void)pthread_mutex_unlock(&stream->lock);
-    *why_buffered = stream->way.why_buffered;
-    return result;
-}
-
-static void stop(struct stx_stream *stream) {
+void stx_stream_stop(struct stx_stream *stream) {
+    if (!stream->started) return;
     (void)pthread_mutex_lock(&stream->lock);
     stream->stopping = true;
     (void)pthread_cond_broadcast(&stream->change);
     (void)pthread_mutex_unlock(&stream->lock);
     (void)pthread_join(stream->thread, NULL);
-    (void)pthread_cond_destroy(&stream->change);
-    (void)pthread_mutex_destroy(&stream->lock);
+    stream->started = false;
+}
+
+struct stx_load_result stx_stream_result(const struct stx_stream *stream, uint64_t *wanted_bytes,
+                                         struct stx_owned_way *way) {
+    *wanted_bytes = stream->plan.bytes_kept;
+    *way = stream->way;
+    return stream->result;
 }
 
 void stx_stream_close(struct stx_stream *stream) {
     if (stream == NULL) return;
-    stop(stream);
+    stx_stream_stop(stream);
+    (void)pthread_cond_destroy(&stream->change);
+    (void)pthread_mutex_destroy(&stream->lock);
     release(stream);
 }
 

@@ -47,11 +47,14 @@ enum stx_status stx_stream_next(struct stx_stream *stream, uint32_t timeout_ms,
 /* The file that is read. Borrowed until the stream is closed. */
 const struct stx_file *stx_stream_file(const struct stx_stream *stream);
 
-/* What has been done; complete when the stream has ended. `*why_buffered` as in struct
- * stx_owned_way. */
-struct stx_load_result stx_stream_result(struct stx_stream *stream, const char **why_buffered);
+/* End the reads and wait for them. Nothing but what follows may be asked of the stream then. */
+void stx_stream_stop(struct stx_stream *stream);
 
-/* End the reads, wait for them, release everything but pieces handed out. NULL is fine. */
+/* What a stopped stream has done, of how many bytes of tensors, and how. */
+struct stx_load_result stx_stream_result(const struct stx_stream *stream, uint64_t *wanted_bytes,
+                                         struct stx_owned_way *way);
+
+/* Stop it if need be, release everything but pieces handed out. NULL is fine. */
 void stx_stream_close(struct stx_stream *stream);
 
 /* The same in a forked child, where there is no thread to wait for. */

@@ -23,6 +23,7 @@ _HOW = {
     "owned": "read into memory of its own before the load returns",
     "stock": "safetensors decides",
 }
+_SMALL = 1 << 20  # less than this is read without an engine
 _RESIDENCIES = ("unknown", "cold", "warm")  # the core's enum stx_residency
 
 
@@ -182,6 +183,8 @@ def explain(
         TypeError, ValueError: a filter that is none, or contradictory keywords.
     """
     _stock.take()
+    if "strict_filter" in options:
+        raise TypeError("explain() got an unexpected keyword argument 'strict_filter'")
     own: dict[str, Any] = {"tensor_filter": tensor_filter, "include_keys": include_keys, **options}
     request = Request(True, (), own)
     if own:
@@ -234,7 +237,7 @@ def _from_core(
         bytes_cached=told["cached_bytes"],
         size_bytes=told["file_bytes"],
         residency=residency,
-        **(_explain_engine(options, residency) if reads else {}),
+        **(_explain_engine(options, residency) if reads and told["bytes_kept"] >= _SMALL else {}),
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from . import _filter, _native, _origin, _patch, _stats, _stock
-from ._safe_open import Request, check_result, fspath, is_stock_call, open_native
+from ._safe_open import Request, check_result, explain_refusal, fspath, is_stock_call, open_native
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -159,7 +159,8 @@ def _load_bytes_native(
         return None
     try:
         tensors: dict[str, Any] = _native.core.load_bytes(data, rule)
-    except _native.core.Refused:
+    except _native.core.Refused as refusal:
+        explain_refusal("bytes", refusal)  # no memory for the header would end stock's process
         return None
     return tensors
 

@@ -19,7 +19,7 @@ _UNITS = {
     "": 1, "b": 1, "k": 1 << 10, "kib": 1 << 10, "m": 1 << 20, "mib": 1 << 20, "g": 1 << 30,
     "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9,
 }  # fmt: skip
-_SIZE = re.compile(r"\s*(\d+)\s*([A-Za-z]*)\s*\Z")
+_SIZE = re.compile(r"\s*([0-9]{1,30})\s*([A-Za-z]*)\s*\Z")
 _MAX_BYTES = (1 << 63) - 1
 
 Size = int | str
@@ -108,7 +108,7 @@ def from_environment(keywords: Mapping[str, Any]) -> Options:
     given = dict(keywords)
     for name, variable in _VARIABLES.items():
         text = os.environ.get(variable)
-        if not text or name in given:
+        if not text or not text.strip() or name in given:
             continue
         try:
             Options(**{name: text.strip()})

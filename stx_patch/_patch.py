@@ -80,9 +80,10 @@ def patch(tensor_filter: _filter.TensorFilter = None, **options: Any) -> None:
         ValueError: an option's value, or that of its variable.
     """
     global _entries, _process_entry
-    entry = Entry(_filter.make_rule(tensor_filter), _options.from_environment(options))
-    if _is_disabled():
+    rule = _filter.make_rule(tensor_filter)
+    if _is_disabled():  # before the variables are looked at: it has to work whatever they say
         return
+    entry = Entry(rule, _options.from_environment(options))
     _warn_once_without_extension()
     with _lock:
         before = _entries
@@ -115,7 +116,7 @@ def patched(tensor_filter: _filter.TensorFilter = None, **options: Any) -> Itera
     when a file is opened holds for that handle.
     """
     global _entries
-    entry = Entry(_filter.make_rule(tensor_filter), _options.from_environment(options))
+    rule = _filter.make_rule(tensor_filter)
     report = _stats.Report()
     if _is_disabled():
         try:
@@ -123,6 +124,7 @@ def patched(tensor_filter: _filter.TensorFilter = None, **options: Any) -> Itera
         finally:
             report._finish()
         return
+    entry = Entry(rule, _options.from_environment(options))
     _warn_once_without_extension()
     with _lock:
         _entries = (*_entries, entry)

@@ -179,11 +179,11 @@ def test_a_wrong_answer_is_reported(place, monkeypatch, question):
 def open_damaged(real, good):
     """A core that takes every file: instead of those it refuses, it shows another."""
 
-    def open_any(path, rule, origin):
+    def open_any(path, *arguments):
         try:
-            return real(path, rule, origin)
+            return real(path, *arguments)
         except _C.Refused:
-            return real(str(good), rule, origin)
+            return real(str(good), *arguments)
 
     return open_any
 
@@ -212,7 +212,7 @@ def test_another_error_is_reported(place, monkeypatch):
 
 
 def test_what_is_left_to_stock_is_counted(place, monkeypatch):
-    def refuse(path, rule, origin):
+    def refuse(path, *arguments):
         raise _C.Refused("unsupported", "all", 0)
 
     monkeypatch.setattr(_C, "open", refuse)

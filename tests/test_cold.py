@@ -258,6 +258,28 @@ def test_a_fork_in_the_middle(cold):
     )
 
 
+def test_a_fork_in_the_middle_of_a_stream(cold):
+    """Parent and child both go on, each by itself."""
+    run_python(
+        """
+        import os, sys, torch, stx_patch
+        torch.set_num_threads(1)
+        handle = stx_patch.safe_open(sys.argv[1])
+        stream = handle.tensors()
+        first = next(stream)
+        pid = os.fork()
+        rest = [first, *stream]
+        assert [name for name, _ in rest] == handle.offset_keys()
+        for name, tensor in rest:
+            assert (tensor == int(name.split(".")[2])).all()
+        if pid == 0:
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        """,
+        str(cold),
+    )
+
+
 def test_the_end_of_the_interpreter_in_the_middle(cold):
     run_python(
         """

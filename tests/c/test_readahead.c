@@ -182,6 +182,7 @@ static void a_fork_in_the_middle(void) {
     struct stx_range *ranges = calloc(1, sizeof *ranges);
     ranges[0] = (struct stx_range){0, FILE_BYTES};
     stx_readahead_all(mapping, ranges, 1, true, LIMIT_BYTES);
+    (void)usleep(5000); /* sanitizers do not like threads that are just being made */
     const pid_t child = fork();
     CHECK(child >= 0);
     if (child == 0) {

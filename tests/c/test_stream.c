@@ -6,7 +6,6 @@
 #include "stream.h"
 
 #include <pthread.h>
-#include <sys/wait.h>
 #include <time.h>
 
 #include "checked.h"
@@ -385,29 +384,6 @@ static void test_streams_beside_each_other(void) {
     for (int i = 0; i < 4; i++) CHECK(pthread_join(threads[i], NULL) == 0);
 }
 
-/* The child lets go of its parent's stream, keeps what was handed out, and makes its own. */
-static void test_fork(size_t way, size_t taken) {
-    int status = -1;
-    make_tensors(20000, 29);
-    struct consumer consumer = begin(open_stream(keep, 0, way, 150000), keep, 0);
-    for (size_t i = 0; i < taken; i++) CHECK(step(&consumer) == STX_OK);
-    const pid_t child = fork();
-    CHECK(child >= 0);
-    if (child == 0) {
-        (void)alarm(60);
-        const uint32_t next = consumer.next;
-        stx_stream_abandon(consumer.stream);
-        drop(&consumer);
-        /* ThreadSanitizer takes a new thread for the one that the child does not have. */
-        if (!IS_TSAN) run_whole(keep, next, way, 150000, true);
-        _exit(0);
-    }
-    while (!consumer.is_over) CHECK(step(&consumer) == STX_OK);
-    stx_stream_close(consumer.stream);
-    drop(&consumer);
-    CHECK(waitpid(child, &status, 0) == child && status == 0);
-}
-
 int main(void) {
     char folder[PATH_MAX];
     make_folder(folder);
@@ -425,8 +401,6 @@ int main(void) {
     test_truncations();
     test_threads_in_turn();
     test_streams_beside_each_other();
-    for (size_t way = 0; way < WAYS_COUNT; way++)
-        for (size_t taken = 0; taken < 12; taken += 3) test_fork(way, taken);
     remove_scratch(&scratch);
     CHECK(rmdir(folder) == 0);
     return 0;

@@ -25,6 +25,9 @@
  * more; whoever does goes to stock. */
 #define RANK_MAX 64
 
+/* c10::InefficientStdFunctionContext: a pointer and a std::function. */
+#define TORCH_CONTEXT_BYTES 40
+
 #if defined(DLPACK_MAJOR_VERSION) && \
     (DLPACK_MAJOR_VERSION > 1 || (DLPACK_MAJOR_VERSION == 1 && DLPACK_MINOR_VERSION >= 3))
 #define HAVE_EXCHANGE_API 1
@@ -198,11 +201,24 @@ static void fill_extents(int64_t *extents, const struct stx_tensor *tensor, bool
     }
 }
 
+/* Whether torch will find memory for the context of our deleter: it allocates that where nothing may
+ * be thrown, so that running out of memory there ends the process (std::terminate()). What is freed
+ * here is what the allocator hands out next for this size. */
+static bool has_room_for_torch(void) {
+    void *volatile context = malloc(TORCH_CONTEXT_BYTES); /* volatile: not to be optimised away */
+    const bool has_room = context != NULL;
+    free(context);
+    return has_room;
+}
+
 static PyObject *make_with(const struct stx_py_state *state, const struct memory *memory,
                            const struct stx_tensor *tensor, DLDataType dtype, bool halved) {
     struct claim *claim =
         malloc(sizeof *claim + 2 * (size_t)tensor->rank * sizeof claim->extents[0]);
-    if (claim == NULL) return PyErr_NoMemory();
+    if (claim == NULL || !has_room_for_torch()) {
+        free(claim);
+        return PyErr_NoMemory();
+    }
     claim->memory = *memory;
     if (memory->mapping != NULL) stx_mapping_retain(memory->mapping);
     if (memory->arena != NULL) stx_arena_retain(memory->arena);

@@ -21,6 +21,7 @@ import pytest
 import safetensors.torch
 import torch
 from helpers import STOCK, facts, in_a_child, ours, outcome, write_raw
+from patch_helpers import settle
 from test_threads import check, run_threads
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -218,6 +219,7 @@ def limited(room_bytes, load, path):
     resource.setrlimit(resource.RLIMIT_AS, (everything, everything))
     answer = brief(result[1]) if result[0] == "value" else ("error", result[1].__name__, result[2])
     del result  # no cycle keeps anything
+    settle()  # what was being read ahead holds its mapping for a moment
     if mapped(path) or len(os.listdir("/proc/self/fd")) != descriptors:
         return "leaked", answer
     load(path)  # nothing was spoilt

@@ -45,6 +45,9 @@ const struct stx_engine_ops stx_engine_uring = {.name = "uring", .open = open_ur
 #define IORING_SETUP_DEFER_TASKRUN (1U << 13)
 #endif
 
+/* Beside the tag of a request that a worker of the kernel was asked to carry out. */
+#define BY_WORKER (UINT64_C(1) << 32)
+
 /* In place of an errno value: the ring is there, but of an old kernel. */
 #define TOO_OLD 1000000
 
@@ -52,6 +55,7 @@ struct uring {
     struct io_uring ring;
     uint32_t pending; /* prepared and not completed, also those the kernel has not taken yet */
     bool is_broken;   /* the kernel refused to take requests */
+    bool is_lonely;   /* the kernel found no worker for a request: requests go without one */
 };
 
 static atomic_int refused; /* an errno value, TOO_OLD, or 0 */
@@ -150,11 +154,22 @@ static enum stx_status submit(struct stx_engine *engine, const struct stx_io *io
     struct io_uring_sqe *const sqe = io_uring_get_sqe(&uring->ring);
     assert(sqe != NULL); /* as many entries as the largest depth */
     io_uring_prep_read(sqe, io->fd, io->buffer, io->size_bytes, io->offset_bytes);
-    if (io->buffered) io_uring_sqe_set_flags(sqe, IOSQE_ASYNC);
-    sqe->user_data = io->tag;
+    const bool by_worker = io->buffered && !uring->is_lonely;
+    if (by_worker) io_uring_sqe_set_flags(sqe, IOSQE_ASYNC);
+    sqe->user_data = io->tag | (by_worker ? BY_WORKER : 0);
     uring->pending++;
     const int result = io_uring_submit(&uring->ring);
     return result >= 0 || is_passing(result) ? STX_OK : fail(uring, result, err);
+}
+
+/* The result of a completion. Nobody here cancels, but the kernel does where it can make no worker
+ * (a limit of processes): the request is to be sent again without one. What needs one even then
+ * leaves no engine. */
+static int32_t interpret(struct uring *uring, const struct io_uring_cqe *cqe) {
+    if (cqe->res != -ECANCELED) return cqe->res;
+    if ((cqe->user_data & BY_WORKER) == 0) uring->is_broken = true;
+    uring->is_lonely = true;
+    return -EAGAIN;
 }
 
 static enum stx_status reap(struct stx_engine *engine, struct stx_io_done done[], uint32_t capacity,
@@ -170,11 +185,12 @@ static enum stx_status reap(struct stx_engine *engine, struct stx_io_done done[]
     io_uring_for_each_cqe(&uring->ring, head, cqe) {
         if (*count == capacity) break;
         done[(*count)++] =
-            (struct stx_io_done){.tag = (uint32_t)cqe->user_data, .result = cqe->res};
+            (struct stx_io_done){.tag = (uint32_t)cqe->user_data, .result = interpret(uring, cqe)};
     }
     io_uring_cq_advance(&uring->ring, *count);
     assert(uring->pending >= *count);
     uring->pending -= *count;
+    if (uring->is_broken) return stx_err_set_errno(err, EAGAIN, "io_uring worker");
     if (*count == 0 && (result == -EAGAIN || result == -EBUSY))
         (void)nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL); /* not an endless hurry */
     return STX_OK;

@@ -201,9 +201,9 @@ static void fill_extents(int64_t *extents, const struct stx_tensor *tensor, bool
     }
 }
 
-/* Whether torch will find memory for the context of our deleter: it allocates that where nothing may
- * be thrown, so that running out of memory there ends the process (std::terminate()). What is freed
- * here is what the allocator hands out next for this size. */
+/* Whether torch will find memory for the context of our deleter: it allocates that where nothing
+ * may be thrown, so that running out of memory there ends the process (std::terminate()). What is
+ * freed here is what the allocator hands out next for this size. */
 static bool has_room_for_torch(void) {
     void *volatile context = malloc(TORCH_CONTEXT_BYTES); /* volatile: not to be optimised away */
     const bool has_room = context != NULL;

@@ -40,12 +40,12 @@ struct stx_stream {
     struct stx_owned_way way;
     pthread_t thread;
     bool started; /* and not joined */
-    bool alone;   /* there is no thread */
 
     pthread_mutex_t lock; /* guards what follows, and the pieces' arenas and flags */
     pthread_cond_t change;
     size_t taken_count;  /* pieces the consumer has taken */
     uint64_t held_bytes; /* of pieces begun and not given back */
+    bool alone;          /* no thread reads: the consumer does */
     bool stopping;
     bool finished;
     enum stx_status status;
@@ -55,23 +55,38 @@ struct stx_stream {
 
 /* --- cutting --- */
 
-/* Cut tensors [first, end) into pieces. `pieces` has room for one per tensor, or is NULL to count.
- */
+/* The memory that kept tensor `i` adds to a piece whose last one ends in memory at `*end_bytes` of
+ * the data (0: it has none): whole alignment units, a small hole before it included. */
+static uint64_t memory_of(const struct stx_header *header, uint32_t i, uint64_t *end_bytes) {
+    const struct stx_tensor *const tensor = &header->tensors[i];
+    if (tensor->begin == tensor->end) return 0;
+    const uint64_t begin =
+        stx_align_down(header->data_begin_bytes + tensor->begin, STX_LOAD_ALIGN_BYTES);
+    const uint64_t end = stx_align_up(header->data_begin_bytes + tensor->end, STX_LOAD_ALIGN_BYTES);
+    const bool is_joined = *end_bytes != 0 && begin <= *end_bytes + STX_OWNED_GAP_BYTES;
+    const uint64_t size_bytes = end - (is_joined ? *end_bytes : begin);
+    *end_bytes = end;
+    return size_bytes;
+}
+
+/* Cut the tensors from `first` on into pieces of about as much memory. `pieces` has room for one
+ * per tensor, or is NULL to count. */
 static size_t cut(const struct stx_header *header, const uint8_t *keep, uint32_t first,
                   uint64_t piece_bytes, struct piece *pieces) {
     size_t count = 0;
-    uint64_t size_bytes = 0;
+    uint64_t size_bytes = 0, end_bytes = 0;
     uint32_t begin = first;
     const uint32_t end = (uint32_t)header->tensors_count;
     for (uint32_t i = first; i < end; i++) {
-        const uint64_t more_bytes =
-            keep == NULL || keep[i] != 0 ? header->tensors[i].end - header->tensors[i].begin : 0;
+        if (keep != NULL && keep[i] == 0) continue;
+        uint64_t more_bytes = memory_of(header, i, &end_bytes);
         if (i > begin && size_bytes != 0 && size_bytes + more_bytes > piece_bytes) {
             if (pieces != NULL)
                 pieces[count] = (struct piece){.tensor_first = begin, .tensors_count = i - begin};
             count++;
             begin = i;
-            size_bytes = 0;
+            size_bytes = end_bytes = 0;
+            more_bytes = memory_of(header, i, &end_bytes);
         }
         size_bytes += more_bytes;
     }
@@ -176,6 +191,7 @@ static void *read_all(void *argument) {
     stream->err = err;
     stream->result = result;
     stream->finished = true;
+    stream->alone = status == STX_ERR_IO && result.failed_file == STX_LOAD_NO_FILE; /* no engine */
     (void)pthread_cond_broadcast(&stream->change);
     (void)pthread_mutex_unlock(&stream->lock);
     return NULL;
@@ -236,12 +252,12 @@ out:
 static void give_back(struct stx_stream *stream) {
     if (stream->taken_count == 0) return;
     struct piece *const before = &stream->pieces[stream->taken_count - 1];
-    stream->held_bytes -= before->memory_bytes;
+    stream->held_bytes -= stx_min_u64(before->memory_bytes, stream->held_bytes);
     before->memory_bytes = 0;
     (void)pthread_cond_broadcast(&stream->change);
 }
 
-/* Without a thread: read a piece here. */
+/* Without a thread or an engine: read a piece here. */
 static enum stx_status read_piece(struct stx_stream *stream, struct piece *piece,
                                   struct stx_err *err) {
     stx_arena_release(piece->arena);
@@ -263,12 +279,12 @@ enum stx_status stx_stream_next(struct stx_stream *stream, uint32_t timeout_ms,
     give_back(stream);
     const bool is_end = stream->taken_count == stream->pieces_count;
     struct piece *const next = &stream->pieces[stream->taken_count];
-    if (stream->alone && !is_end) {
+    while (!stream->alone && !is_end && !next->ready && !stream->finished)
+        if (pthread_cond_timedwait(&stream->change, &stream->lock, &until) != 0) break;
+    if (stream->alone && !is_end && !next->ready) {
         status = read_piece(stream, next, err);
         *failed_offset_bytes = stream->result.failed_offset_bytes;
     }
-    while (!stream->alone && !is_end && !next->ready && !stream->finished)
-        if (pthread_cond_timedwait(&stream->change, &stream->lock, &until) != 0) break;
     if (is_end) {
         *piece = (struct stx_stream_piece){.arena = NULL};
         *ready = true;
@@ -281,7 +297,7 @@ enum stx_status stx_stream_next(struct stx_stream *stream, uint32_t timeout_ms,
         next->arena = NULL;
         stream->taken_count++;
         *ready = true;
-    } else if (stream->finished) {
+    } else if (stream->finished && !stream->alone) {
         *err = stream->err;
         *failed_offset_bytes = stream->result.failed_offset_bytes;
         status = stream->status != STX_OK

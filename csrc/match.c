@@ -104,9 +104,9 @@ bool stx_match_prefix(struct stx_text prefix, struct stx_text name) {
     return ends_in_dot || name.bytes[prefix.size_bytes] == '.';
 }
 
-static bool is_layer_word(const char *word, size_t word_bytes) {
-    static const char *const words[] = {"layers", "layer", "blocks", "block", "h"};
-    for (size_t i = 0; i < sizeof words / sizeof words[0]; i++)
+static bool is_word(const char *const words[], size_t words_count, const char *word,
+                    size_t word_bytes) {
+    for (size_t i = 0; i < words_count; i++)
         if (strlen(words[i]) == word_bytes && memcmp(words[i], word, word_bytes) == 0) return true;
     return false;
 }
@@ -125,6 +125,7 @@ static bool read_number(const char *digits, size_t digits_count, uint64_t *numbe
 }
 
 bool stx_match_layers(uint64_t start, uint64_t stop, struct stx_text name) {
+    static const char *const words[] = {"layers", "layer", "blocks", "block", "h"};
     const char *at = name.bytes;
     const char *const end = name.bytes + name.size_bytes;
     bool after_word = false;
@@ -135,8 +136,27 @@ bool stx_match_layers(uint64_t start, uint64_t stop, struct stx_text name) {
         if (after_word && read_number(at, component_bytes, &number) && start <= number &&
             number < stop)
             return true;
-        after_word = is_layer_word(at, component_bytes);
+        after_word = is_word(words, sizeof words / sizeof words[0], at, component_bytes);
         if (dot == NULL) return false;
+        at = dot + 1;
+    }
+}
+
+bool stx_match_expert(struct stx_text name, uint64_t *number, bool *is_weight) {
+    static const char *const words[] = {"experts"};
+    static const char *const weights[] = {"weight", "weight_packed", "qweight"};
+    const char *at = name.bytes;
+    const char *const end = name.bytes + name.size_bytes;
+    bool after_word = false, is_found = false;
+    for (;;) {
+        const char *dot = at < end ? memchr(at, '.', (size_t)(end - at)) : NULL;
+        const size_t component_bytes = (size_t)((dot != NULL ? dot : end) - at);
+        is_found = is_found || (after_word && read_number(at, component_bytes, number));
+        after_word = is_word(words, 1, at, component_bytes);
+        if (dot == NULL) {
+            *is_weight = is_word(weights, sizeof weights / sizeof weights[0], at, component_bytes);
+            return is_found;
+        }
         at = dot + 1;
     }
 }

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Which names a pattern means: globs, module prefixes, ranges of layers. Pure, over UTF-8 bytes.
+ * Which names a pattern means: globs, module prefixes, ranges of layers, experts. Pure, over UTF-8
+ * bytes.
  */
 #ifndef STX_MATCH_H
 #define STX_MATCH_H
@@ -26,5 +27,10 @@ bool stx_match_prefix(struct stx_text prefix, struct stx_text name);
 /* Whether `name` has a component layers, layer, blocks, block or h followed by a component that is
  * an integer in [start, stop). */
 bool stx_match_layers(uint64_t start, uint64_t stop, struct stx_text name);
+
+/* Whether `name` belongs to an expert: a component `experts` is followed by a component that is an
+ * integer. The first such integer is `*number`; `*is_weight` says whether the last component is
+ * weight, weight_packed or qweight, so no scale, zero point or bias. */
+bool stx_match_expert(struct stx_text name, uint64_t *number, bool *is_weight);
 
 #endif

@@ -10,6 +10,7 @@
  *
  *   ("all" | "any" | "none", (rule, ...))      ("names", frozenset)      ("call", callable)
  *   ("glob" | "prefixes", (str, ...))          ("layers", start, stop)
+ *   ("experts", frozenset of int, keep_scales)
  */
 #include "py_filter.h"
 
@@ -17,7 +18,17 @@
 
 #define DEPTH_MAX 32
 
-enum operation { OP_ALL, OP_ANY, OP_NONE, OP_GLOB, OP_PREFIXES, OP_NAMES, OP_LAYERS, OP_CALL };
+enum operation {
+    OP_ALL,
+    OP_ANY,
+    OP_NONE,
+    OP_GLOB,
+    OP_PREFIXES,
+    OP_NAMES,
+    OP_LAYERS,
+    OP_EXPERTS,
+    OP_CALL
+};
 
 /* Everything behind the pointers is borrowed from the rule's tuples, but the arrays. */
 struct rule {
@@ -25,8 +36,9 @@ struct rule {
     struct rule *children;  /* OP_ALL, OP_ANY, OP_NONE */
     struct stx_text *texts; /* OP_GLOB, OP_PREFIXES */
     size_t count;           /* of children or texts */
-    PyObject *py_operand;   /* OP_NAMES: frozenset; OP_CALL: callable */
+    PyObject *py_operand;   /* OP_NAMES, OP_EXPERTS: frozenset; OP_CALL: callable */
     uint64_t start, stop;   /* OP_LAYERS */
+    bool keep_scales;       /* OP_EXPERTS */
 };
 
 /* What one evaluation looks at. */
@@ -36,6 +48,7 @@ struct subject {
     size_t index;
     struct stx_text name;
     PyObject *py_filename;
+    bool asked_python;
 };
 
 /* --- reading a rule --- */
@@ -82,9 +95,17 @@ static int read_layers(struct rule *rule, PyObject *py_rule) {
     return PyErr_Occurred() == NULL ? 0 : -1;
 }
 
+static int read_experts(struct rule *rule, PyObject *py_rule, PyObject *py_ids) {
+    PyObject *py_keep_scales = PyTuple_GetItem(py_rule, 2);
+    const int keep_scales = py_keep_scales == NULL ? -1 : PyObject_IsTrue(py_keep_scales);
+    rule->py_operand = py_ids;
+    rule->keep_scales = keep_scales == 1;
+    return keep_scales < 0 ? -1 : 0;
+}
+
 static int read_rule(struct rule *rule, PyObject *py_rule, int depth) {
-    static const char *const operations[] = {"all",      "any",   "none",   "glob",
-                                             "prefixes", "names", "layers", "call"};
+    static const char *const operations[] = {"all",   "any",    "none",    "glob", "prefixes",
+                                             "names", "layers", "experts", "call"};
     PyObject *py_operation = depth < DEPTH_MAX ? PyTuple_GetItem(py_rule, 0) : NULL;
     PyObject *py_operand = py_operation == NULL ? NULL : PyTuple_GetItem(py_rule, 1);
     if (py_operand == NULL) {
@@ -104,6 +125,8 @@ static int read_rule(struct rule *rule, PyObject *py_rule, int depth) {
                 return read_texts(rule, py_operand);
             case OP_LAYERS:
                 return read_layers(rule, py_rule);
+            case OP_EXPERTS:
+                return read_experts(rule, py_rule, py_operand);
             case OP_NAMES:
             case OP_CALL:
                 rule->py_operand = py_operand;
@@ -140,10 +163,23 @@ static int call_filter(const struct subject *subject, PyObject *py_callable) {
     return keep;
 }
 
-static int evaluate(const struct rule *rule, const struct subject *subject);
+/* What belongs to no expert is kept, and every expert's scales where they are wanted. */
+static int evaluate_experts(const struct rule *rule, const struct subject *subject) {
+    uint64_t number = 0;
+    bool is_weight = false;
+    if (!stx_match_expert(subject->name, &number, &is_weight)) return 1;
+    if (rule->keep_scales && !is_weight) return 1;
+    PyObject *py_number = PyLong_FromUnsignedLongLong(number);
+    if (py_number == NULL) return -1;
+    const int keep = PySet_Contains(rule->py_operand, py_number);
+    Py_DECREF(py_number);
+    return keep;
+}
+
+static int evaluate(const struct rule *rule, struct subject *subject);
 
 /* The first child that decides ends it, so an expensive callable can stand behind a cheap glob. */
-static int evaluate_children(const struct rule *rule, const struct subject *subject) {
+static int evaluate_children(const struct rule *rule, struct subject *subject) {
     for (size_t i = 0; i < rule->count; i++) {
         const int child = evaluate(&rule->children[i], subject);
         if (child < 0) return -1;
@@ -153,7 +189,7 @@ static int evaluate_children(const struct rule *rule, const struct subject *subj
     return rule->operation != OP_ANY;
 }
 
-static int evaluate(const struct rule *rule, const struct subject *subject) {
+static int evaluate(const struct rule *rule, struct subject *subject) {
     PyObject *py_name;
     switch (rule->operation) {
         case OP_ALL:
@@ -170,12 +206,15 @@ static int evaluate(const struct rule *rule, const struct subject *subject) {
             return 0;
         case OP_LAYERS:
             return stx_match_layers(rule->start, rule->stop, subject->name);
+        case OP_EXPERTS:
+            return evaluate_experts(rule, subject);
         case OP_NAMES:
             py_name = stx_py_names_get(subject->names, subject->index);
             return py_name == NULL ? -1 : PySet_Contains(rule->py_operand, py_name);
         case OP_CALL:
             break;
     }
+    subject->asked_python = true;
     return call_filter(subject, rule->py_operand);
 }
 
@@ -189,7 +228,7 @@ static int load_tensor_key(struct stx_py_state *state) {
 }
 
 int stx_py_filter_run(struct stx_py_state *state, PyObject *py_rule, PyObject *py_filename,
-                      struct stx_py_names *names, uint8_t *keep) {
+                      struct stx_py_names *names, uint8_t *keep, bool *asked_python) {
     struct rule rule = {.operation = OP_ALL};
     struct subject subject = {.state = state, .names = names, .py_filename = py_filename};
     int result = -1;
@@ -202,6 +241,7 @@ int stx_py_filter_run(struct stx_py_state *state, PyObject *py_rule, PyObject *p
         if (decision < 0) goto out;
         keep[i] = (uint8_t)decision;
     }
+    if (asked_python != NULL) *asked_python = subject.asked_python;
     result = 0;
 out:
     free_rule(&rule);
@@ -220,7 +260,7 @@ PyObject *stx_py_filter_match(PyObject *py_module, PyObject *py_arguments) {
     const struct stx_header header = {.tensors = &tensor, .tensors_count = 1};
     struct stx_py_names names = {0};
     if (stx_py_names_init(&names, &header) != 0) return NULL;
-    const int failed = stx_py_filter_run(state, py_rule, Py_None, &names, &keep);
+    const int failed = stx_py_filter_run(state, py_rule, Py_None, &names, &keep, NULL);
     stx_py_names_free(&names);
     return failed ? NULL : PyBool_FromLong(keep);
 }

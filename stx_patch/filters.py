@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
@@ -19,6 +20,8 @@ __all__ = [
     "Filter",
     "all_of",
     "any_of",
+    "experts",
+    "from_index",
     "glob",
     "layers",
     "names",
@@ -29,6 +32,7 @@ __all__ = [
 
 _DIGITS_MAX = 20  # of a 64-bit number; int() refuses thousands
 _LAYER_WORDS = frozenset(("layers", "layer", "blocks", "block", "h"))
+_WEIGHT_WORDS = frozenset(("weight", "weight_packed", "qweight"))
 
 
 class Filter:
@@ -151,6 +155,44 @@ class layers(Filter):
         return ("layers", *self._operands)
 
 
+class experts(Filter):
+    """All but the weights of other experts: what a rank of an expert-parallel model needs.
+
+    A name belongs to an expert if a component `experts` is followed by an integer, its number. What
+    belongs to none (attention, routers, shared experts) is kept: combine with others to narrow it.
+
+    Args:
+        ids: the numbers of the experts to keep, such as range(0, 8).
+        keep_scales: keep the scales, zero points and biases of all experts: they are small, and
+            quantised kernels may need them all. What is left out of another expert is then only
+            what ends in weight, weight_packed or qweight.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, ids: Iterable[int], keep_scales: bool = True) -> None:
+        numbers = frozenset(ids)
+        for number in numbers:
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise TypeError("experts() takes a collection of integers")
+            if not 0 <= number < 2**64 - 1:
+                raise ValueError(f"{number} is no number of an expert")
+        super().__init__(frozenset(map(int, numbers)), bool(keep_scales))
+
+    def rule(self) -> tuple[Any, ...]:
+        return ("experts", *self._operands)
+
+
+def from_index(path: str | os.PathLike[str]) -> names:
+    """The names that a `model.safetensors.index.json` lists.
+
+    Raises OSError if it cannot be read, ValueError if it is no such index.
+    """
+    from ._index import read_index
+
+    return names(read_index(path))
+
+
 class _Combination(Filter):
     __slots__ = ()
     _operation = ""
@@ -201,6 +243,16 @@ def is_in_layers(start: int, stop: int, name: str) -> bool:
         word in _LAYER_WORDS and start <= number < stop
         for word, number in _numbered(name.split("."))
     )
+
+
+def is_of_experts(ids: Set[int], keep_scales: bool, name: str) -> bool:
+    """Whether `name` is of one of these experts, of none, or a scale that is wanted."""
+    components = name.split(".")
+    for word, number in _numbered(components):
+        if word == "experts":
+            is_wanted = keep_scales and components[-1] not in _WEIGHT_WORDS
+            return is_wanted or number in ids
+    return True
 
 
 def _numbered(components: list[str]) -> Iterator[tuple[str, int]]:

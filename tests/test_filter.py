@@ -297,6 +297,10 @@ _layer_names = st.lists(
     st.sampled_from(["layers", "h", "blocks", "0", "1", "10", "007", "1_0", "²", "x", "", "-1"]),
     max_size=6,
 ).map(".".join)
+_expert_names = st.lists(
+    st.sampled_from(["experts", "mlp", "0", "1", "007", "²", "weight", "weight_scale", "qweight"]),
+    max_size=6,
+).map(".".join)
 
 
 @pytest.mark.skipif(_native.core is None, reason="there is no core to compare with")
@@ -330,6 +334,11 @@ class TestTwins:
     @example(0, 2**64 - 1, "layers." + "9" * 30)
     def test_layers(self, start, stop, name):
         self.agree(("layers", start, stop), name)
+
+    @given(st.frozensets(st.integers(0, 12), max_size=3), st.booleans(), _expert_names)
+    @example(frozenset([2**64 - 2]), False, "experts." + "9" * 30)
+    def test_experts(self, ids, keep_scales, name):
+        self.agree(("experts", ids, keep_scales), name)
 
     def test_layers_of_very_many_digits(self):
         for digits, expected in (("0" * 5000 + "1", True), ("1" * 5000, False)):
@@ -402,6 +411,62 @@ def test_what_lies_below_a_prefix(prefix, name, expected):
         assert _native.core.match_rule(keep.rule(), name) is expected
 
 
+@pytest.mark.parametrize(
+    ("name", "scales_too", "weights_only"),
+    [
+        ("model.layers.3.mlp.experts.1.gate_proj.weight", True, True),
+        ("model.layers.3.mlp.experts.2.gate_proj.weight", False, False),
+        ("model.layers.3.mlp.experts.12.gate_proj.weight", False, False),
+        ("model.layers.3.mlp.experts.2.w1.weight_packed", False, False),
+        ("model.layers.3.mlp.experts.2.w1.qweight", False, False),
+        ("model.layers.3.mlp.experts.2.gate_proj.weight_scale", True, False),
+        ("model.layers.3.mlp.experts.2.gate_proj.bias", True, False),
+        ("model.layers.3.mlp.experts.2", True, False),
+        ("experts.01.weight", True, True),
+        ("model.layers.3.mlp.shared_experts.gate_proj.weight", True, True),
+        ("model.layers.3.mlp.experts.gate_up_proj", True, True),
+        ("model.layers.3.mlp.gate.weight", True, True),
+        ("model.layers.2.self_attn.q_proj.weight", True, True),
+        ("experts.9.experts.1.weight", False, False),
+    ],
+)
+def test_which_expert_a_name_belongs_to(name, scales_too, weights_only):
+    for keep_scales, expected in ((True, scales_too), (False, weights_only)):
+        keep = filters.experts([1, 0], keep_scales=keep_scales)
+        assert keep(name) is expected
+        if _native.core is not None:
+            assert _native.core.match_rule(keep.rule(), name) is expected
+
+
+@pytest.mark.parametrize("ids", [1, [True], ["1"], [1.0], None, "12"])
+def test_experts_takes_integers(ids):
+    with pytest.raises(TypeError):
+        filters.experts(ids)
+
+
+@pytest.mark.parametrize("number", [-1, 2**64 - 1])
+def test_no_number_of_an_expert(number):
+    with pytest.raises(ValueError, match="no number of an expert"):
+        filters.experts([number])
+
+
+def test_the_names_of_an_index(tmp_path):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text('{"metadata": {}, "weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}')
+    for form in (path, str(path)):
+        assert filters.from_index(form) == filters.names(["a", "b"])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_what_is_no_index_says_so(tmp_path, text):
+    path = tmp_path / "index.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path} is no index"):
+        filters.from_index(path)
+    with pytest.raises(FileNotFoundError):
+        filters.from_index(tmp_path / "missing.json")
+
+
 # --- filters as objects ---
 
 OBJECTS = """
@@ -411,6 +476,8 @@ OBJECTS = [
     filters.glob("a*", "[b]"),
     filters.regex("^x(y|z)$"),
     filters.layers(1, 3),
+    filters.experts([3, 1, 100, 17]),
+    filters.experts([3, 1, 100, 17], keep_scales=False),
     filters.all_of("a*", {"z", "a", "m", "k"}, filters.layers(0, 1)),
     filters.any_of(frozenset(["q", "r", "s", "t", "u"]), ["a", "b"]),
     filters.none_of({"z": 1, "a": 2}),

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Description: globs, prefixes and layer ranges mean what the documentation says.
+ * Description: globs, prefixes, layer ranges and experts mean what the documentation says.
  */
 #include <string.h>
 
@@ -21,6 +21,25 @@ static bool prefix(const char *wanted, const char *name) {
 
 static bool layers(uint64_t start, uint64_t stop, const char *name) {
     return stx_match_layers(start, stop, text(name));
+}
+
+static bool expert(const char *name, uint64_t wanted, bool weight_wanted) {
+    uint64_t number = 0;
+    bool is_weight = false;
+    return stx_match_expert(text(name), &number, &is_weight) && number == wanted &&
+           is_weight == weight_wanted;
+}
+
+static void test_experts(void) {
+    uint64_t number;
+    bool is_weight;
+    CHECK(expert("a.experts.7.w1.weight", 7, true) && expert("experts.07.qweight", 7, true));
+    CHECK(expert("experts.7", 7, false) && expert("experts.7.weight_scale", 7, false));
+    CHECK(expert("experts.x.experts.3.experts.4.weight_packed", 3, true));
+    CHECK(expert("experts.99999999999999999999999.b", UINT64_MAX, false));
+    CHECK(!stx_match_expert(text(""), &number, &is_weight) && !is_weight);
+    CHECK(!stx_match_expert(text("myexperts.1.weight"), &number, &is_weight) && is_weight);
+    CHECK(!stx_match_expert(text("experts..1"), &number, &is_weight));
 }
 
 static void test_globs(void) {
@@ -65,6 +84,7 @@ static void test_layers(void) {
 
 int main(void) {
     test_globs();
+    test_experts();
     test_prefixes();
     test_layers();
     return 0;

@@ -68,7 +68,7 @@ static int filter(struct stx_py_state *state, struct loading *loading, PyObject 
     if (py_rule == Py_None) return 0;
     loading->keep = PyMem_Calloc(loading->header.tensors_count + 1, 1);
     if (loading->keep == NULL) return PyErr_NoMemory(), -1;
-    return stx_py_filter_run(state, py_rule, Py_None, &loading->names, loading->keep);
+    return stx_py_filter_run(state, py_rule, Py_None, &loading->names, loading->keep, NULL);
 }
 
 /* Where every kept tensor goes, and memory for all. 0, or -1 with an exception. */

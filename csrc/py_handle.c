@@ -3,9 +3,9 @@
  * The handle type: stock's methods over one native source, and a few of our own.
  *
  * DESIGN. An open handle (py_open.c) is a table and a mapping: making a tensor does not touch the
- * file. Every method runs with the GIL, but
- * allocating Python objects may run other threads' code, and one of them may close the handle:
- * `busy` counts methods that are inside, and what close gives up is freed when the last one leaves.
+ * file. Every method runs with the GIL, but allocating Python objects may run other threads' code,
+ * and one of them may close the handle: `busy` counts methods that are inside, and what close gives
+ * up is freed when the last one leaves.
  *
  * What a handle cannot serve (a 6-bit dtype, an active dispatch mode, a method that only a newer
  * stock has) goes through its origin to a stock handle of the same file.
@@ -138,26 +138,10 @@ static PyObject *handle_all_names(PyObject *py_self, PyObject *py_unused) {
     return enter(self) ? leave(self, list_names(self, NULL, true)) : NULL;
 }
 
-static PyObject *build_metadata(const struct stx_header *header) {
-    if (!header->has_metadata) return Py_NewRef(Py_None);
-    PyObject *py_metadata = PyDict_New();
-    for (size_t i = 0; py_metadata != NULL && i < header->metadata_count; i++) {
-        const struct stx_metadata_pair *pair = &header->metadata[i];
-        PyObject *py_key = PyUnicode_FromStringAndSize(pair->key, pair->key_bytes);
-        PyObject *py_value = PyUnicode_FromStringAndSize(pair->value, pair->value_bytes);
-        if (py_key == NULL || py_value == NULL ||
-            PyDict_SetItem(py_metadata, py_key, py_value) != 0)
-            Py_CLEAR(py_metadata);
-        Py_XDECREF(py_key);
-        Py_XDECREF(py_value);
-    }
-    return py_metadata;
-}
-
 static PyObject *handle_metadata(PyObject *py_self, PyObject *py_unused) {
     struct stx_py_handle *self = (struct stx_py_handle *)py_self;
     (void)py_unused;
-    return enter(self) ? leave(self, build_metadata(&self->source.header)) : NULL;
+    return enter(self) ? leave(self, stx_py_names_metadata(&self->source.header)) : NULL;
 }
 
 /* --- tensors --- */
@@ -225,6 +209,11 @@ static PyObject *give_shape(struct stx_py_handle *self, size_t index) {
     return stx_py_tensor_shape(&self->source.header.tensors[index]);
 }
 
+static PyObject *give_filename(struct stx_py_handle *self, size_t index) {
+    (void)index; /* one file, whatever the tensor */
+    return PyObject_CallMethod(self->py_origin, "filename", NULL);
+}
+
 static PyObject *give_nbytes(struct stx_py_handle *self, size_t index) {
     const struct stx_tensor *tensor = &self->source.header.tensors[index];
     return PyLong_FromUnsignedLongLong(tensor->end - tensor->begin);
@@ -241,6 +230,7 @@ METHOD_WITH_NAME(get_slice, give_slice)
 METHOD_WITH_NAME(get_dtype, give_dtype)
 METHOD_WITH_NAME(get_shape, give_shape)
 METHOD_WITH_NAME(nbytes, give_nbytes)
+METHOD_WITH_NAME(filename_of, give_filename)
 
 static PyObject *handle_get_tensors(PyObject *py_self, PyObject *py_unused) {
     struct stx_py_handle *self = (struct stx_py_handle *)py_self;
@@ -365,6 +355,9 @@ static PyMethodDef handle_methods[] = {
      PyDoc_STR("get_shape($self, name)\n--\n\nIts shape: a list of int.")},
     {"nbytes", WITH_NAME(handle_nbytes),
      PyDoc_STR("nbytes($self, name)\n--\n\nIts size in the file, in bytes.")},
+    {"filename_of", WITH_NAME(handle_filename_of),
+     PyDoc_STR(
+         "filename_of($self, name)\n--\n\nThe path of the file it lies in, as it was given.")},
     {"_all_names", handle_all_names, METH_NOARGS,
      PyDoc_STR("Names in file order, also those a filter left out.")},
     {"__enter__", handle_enter, METH_NOARGS, PyDoc_STR("__enter__($self)\n--\n\n")},

@@ -10,6 +10,7 @@
 #include "py_bytes.h"
 #include "py_filter.h"
 #include "py_handle.h"
+#include "py_keeps.h"
 #include "py_plan.h"
 #include "py_tensor.h"
 #include "readahead.h"
@@ -22,11 +23,11 @@ uint64_t stx_py_clock_ns(void) {
 
 /* Fields of struct stx_py_counters, in its order, as Python sees them. */
 static const char *const counter_names[] = {
-    "opens",          "tensors_native", "keys_kept",     "keys_skipped",    "bytes_kept",
-    "bytes_skipped",  "bytes_wanted",   "bytes_read",    "bytes_over_read", "requests",
-    "files_cold",     "files_warm",     "files_unknown", "retries",         "loads_direct",
-    "loads_buffered", "header_ns",      "filter_ns",     "plan_ns",         "read_ns",
-    "wrap_ns"};
+    "opens",        "headers_reused", "tensors_native", "keys_kept",     "keys_skipped",
+    "bytes_kept",   "bytes_skipped",  "bytes_wanted",   "bytes_read",    "bytes_over_read",
+    "requests",     "files_cold",     "files_warm",     "files_unknown", "retries",
+    "loads_direct", "loads_buffered", "header_ns",      "filter_ns",     "plan_ns",
+    "read_ns",      "wrap_ns"};
 #define COUNTERS_COUNT (sizeof counter_names / sizeof counter_names[0])
 _Static_assert(sizeof(struct stx_py_counters) == COUNTERS_COUNT * sizeof(uint64_t),
                "a name for each counter");
@@ -135,6 +136,7 @@ static int module_traverse(PyObject *py_module, visitproc visit, void *arg) {
     Py_VISIT(state->safetensors_error);
     Py_VISIT(state->tensor_key);
     Py_VISIT(state->torch.module);
+    for (size_t i = 0; i < STX_PY_KEEPS_MAX; i++) Py_VISIT(state->keeps[i].py_rule);
     return 0;
 }
 
@@ -146,6 +148,7 @@ static int module_clear(PyObject *py_module) {
     Py_CLEAR(state->refused);
     Py_CLEAR(state->safetensors_error);
     Py_CLEAR(state->tensor_key);
+    stx_py_keeps_clear(state);
     stx_py_torch_clear(state);
     return 0;
 }

@@ -27,3 +27,19 @@ void stx_py_names_free(struct stx_py_names *names) {
     PyMem_Free(names->items);
     *names = (struct stx_py_names){0};
 }
+
+PyObject *stx_py_names_metadata(const struct stx_header *header) {
+    if (!header->has_metadata) return Py_NewRef(Py_None);
+    PyObject *py_metadata = PyDict_New();
+    for (size_t i = 0; py_metadata != NULL && i < header->metadata_count; i++) {
+        const struct stx_metadata_pair *pair = &header->metadata[i];
+        PyObject *py_key = PyUnicode_FromStringAndSize(pair->key, pair->key_bytes);
+        PyObject *py_value = PyUnicode_FromStringAndSize(pair->value, pair->value_bytes);
+        if (py_key == NULL || py_value == NULL ||
+            PyDict_SetItem(py_metadata, py_key, py_value) != 0)
+            Py_CLEAR(py_metadata);
+        Py_XDECREF(py_key);
+        Py_XDECREF(py_value);
+    }
+    return py_metadata;
+}

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The Python strings of a header's names, made when first asked for and then kept. GIL held.
+ * The Python strings of a header: names, made when first asked for and then kept, and metadata.
+ * GIL held.
  */
 #ifndef STX_PY_NAMES_H
 #define STX_PY_NAMES_H
@@ -23,5 +24,8 @@ PyObject *stx_py_names_get(struct stx_py_names *names, size_t index);
 
 /* Drop all strings. An empty struct is fine. */
 void stx_py_names_free(struct stx_py_names *names);
+
+/* `__metadata__` as a new dict, or None. NULL with an exception. */
+PyObject *stx_py_names_metadata(const struct stx_header *header);
 
 #endif

@@ -11,6 +11,7 @@
 #include "py_err.h"
 #include "py_filter.h"
 #include "py_handle.h"
+#include "py_keeps.h"
 #include "py_tensor.h"
 
 /* Sum up what is kept; the plan of this handle is made when something is to be read. */
@@ -37,7 +38,16 @@ static int apply_filter(struct stx_py_handle *self, PyObject *py_rule, PyObject 
     if (py_rule == Py_None) return 0;
     self->keep = PyMem_Calloc(self->source.header.tensors_count + 1, 1);
     if (self->keep == NULL) return PyErr_NoMemory(), -1;
-    const int result = stx_py_filter_run(self->state, py_rule, py_path, &self->names, self->keep);
+    const size_t count = self->source.header.tensors_count;
+    const uint64_t number = stx_shared_header_number(self->source.shared);
+    int result = 0;
+    bool asked_python = false;
+    if (!stx_py_keeps_find(self->state, number, py_rule, self->keep, count)) {
+        result = stx_py_filter_run(self->state, py_rule, py_path, &self->names, self->keep,
+                                   &asked_python);
+        if (result == 0 && !asked_python)
+            stx_py_keeps_add(self->state, number, py_rule, self->keep, count);
+    }
     self->state->counters.filter_ns += stx_py_clock_ns() - start_ns;
     return result;
 }
@@ -131,6 +141,7 @@ PyObject *stx_py_handle_open(PyObject *py_module, PyObject *py_arguments) {
     if (opened != 0) return NULL;
     state->counters.requests += source.header_reads_count;
     state->counters.bytes_read += source.header_read_bytes;
+    state->counters.headers_reused += source.header_reused;
     struct stx_py_handle *self = new_handle(state, &source, &options, py_origin);
     if (self == NULL) return NULL;
     if ((reads && share_file(self) != 0) ||

@@ -111,7 +111,8 @@ static PyObject *filter_and_tell(struct stx_py_state *state, const struct stx_so
     if (py_rule != Py_None) {
         keep = PyMem_Calloc(source->header.tensors_count + 1, 1);
         if (keep == NULL) PyErr_NoMemory();
-        if (keep == NULL || stx_py_filter_run(state, py_rule, py_path, &names, keep) != 0) goto out;
+        if (keep == NULL || stx_py_filter_run(state, py_rule, py_path, &names, keep, NULL) != 0)
+            goto out;
     }
     if ((reads ? build(&plan, &source->header, keep, &limits)
                : stx_py_plan_build(&plan, &source->header, keep)) == 0)

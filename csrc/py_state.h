@@ -34,6 +34,7 @@ struct stx_py_torch {
 /* Monotonic sums since import or the last reset. Bytes and nanoseconds. */
 struct stx_py_counters {
     uint64_t opens;
+    uint64_t headers_reused;
     uint64_t tensors_native;
     uint64_t keys_kept;
     uint64_t keys_skipped;
@@ -56,6 +57,15 @@ struct stx_py_counters {
     uint64_t wrap_ns;
 };
 
+/* A decision of a filter about a header (py_keeps.h). */
+struct stx_py_keep {
+    uint64_t header_number; /* 0: nothing is here */
+    PyObject *py_rule;      /* owned */
+    uint8_t *keep;          /* owned: a flag for each tensor */
+    size_t count;
+};
+#define STX_PY_KEEPS_MAX 16
+
 struct stx_py_state {
     PyTypeObject *handle_type;
     PyTypeObject *slice_type;
@@ -65,6 +75,8 @@ struct stx_py_state {
     PyObject *tensor_key;        /* stx_patch._filter.TensorKey; NULL until a callable filter */
     struct stx_py_torch torch;
     struct stx_py_counters counters;
+    struct stx_py_keep keeps[STX_PY_KEEPS_MAX];
+    size_t keeps_next;        /* the oldest */
     const char *engine;       /* of the last load that needed one; static, NULL at first */
     const char *why_buffered; /* why that load was not direct; static, NULL if it was */
 };

@@ -63,10 +63,15 @@ static enum stx_status open_parts(struct stx_source *source, enum stx_source_how
     uint64_t json_bytes = 0;
     stx_file_expect_random(file); /* the header, and nothing ahead of it */
     STX_TRY(read_text(source, file, &text, &json_bytes, err));
-    const enum stx_status status = stx_header_parse(&source->header, text + STX_HEADER_PREFIX_BYTES,
-                                                    json_bytes, file->identity.size_bytes, err);
+    const struct stx_header_key key = {.device = file->identity.device,
+                                       .inode = file->identity.inode,
+                                       .file_size_bytes = file->identity.size_bytes};
+    const enum stx_status status =
+        stx_header_cache_get(&source->shared, &source->header_reused, &key, &text, json_bytes, err);
     free(text);
-    if (status != STX_OK || how == STX_SOURCE_FILE) return status;
+    if (status != STX_OK) return status;
+    source->header = *stx_shared_header_table(source->shared);
+    if (how == STX_SOURCE_FILE) return STX_OK;
     if (how == STX_SOURCE_ASKED &&
         stx_file_cached_bytes(file, &source->cached_bytes, &ignored) != STX_OK)
         source->cached_bytes = 0;
@@ -87,7 +92,9 @@ enum stx_status stx_source_open(struct stx_source *source, const char *path,
 }
 
 void stx_source_close(struct stx_source *source) {
-    stx_header_free(&source->header);
+    stx_shared_header_release(source->shared);
+    source->header = (struct stx_header){.tensors = NULL};
+    source->shared = NULL;
     stx_mapping_release(source->mapping);
     stx_file_close(&source->file);
     source->mapping = NULL;

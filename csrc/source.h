@@ -15,15 +15,18 @@
 #include "err.h"
 #include "file.h"
 #include "header.h"
+#include "header_cache.h"
 #include "mapping.h"
 
 /* Caller-owned; a zeroed struct with `file.fd` -1 is a closed source. */
 struct stx_source {
-    struct stx_header header;
+    struct stx_header header; /* a copy of the shared one's table, whose arrays it borrows */
+    struct stx_shared_header *shared;
     struct stx_mapping *mapping; /* the source is one of its users; NULL with STX_SOURCE_FILE */
     struct stx_file file;        /* fd -1 unless STX_SOURCE_FILE */
     uint64_t header_reads_count; /* requests that reading the header took */
     uint64_t header_read_bytes;
+    bool header_reused;    /* the table was there already */
     uint64_t cached_bytes; /* in the page cache when it was opened, if asked; 0 where unknown */
 };
 

@@ -22,6 +22,7 @@ class Stats:
 
     Attributes:
         opens: files opened natively.
+        headers_reused: of these, files opened before whose header was the same, byte by byte.
         tensors_native: tensors handed out that our core made.
         tensors_stock: tensors stock made and we passed on. A handle that is stock's own and has no
             filter is not watched: its hand-over is in `fallbacks`, its tensors are not here.
@@ -46,6 +47,7 @@ class Stats:
     """
 
     opens: int = 0
+    headers_reused: int = 0
     tensors_native: int = 0
     tensors_stock: int = 0
     fallbacks: dict[str, int] = dataclasses.field(default_factory=dict)

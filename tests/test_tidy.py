@@ -25,13 +25,13 @@ LONG_FUNCTIONS: dict[str, int] = {}
 # Arrows point down: a file includes only files of a lower layer, or of its own.
 LAYERS = [
     ("err", "checked", "array", "memory", "dtype", "thread", "copy"),
-    ("json", "json_simdjson", "header"),
+    ("json", "json_simdjson", "header", "header_cache"),
     ("plan", "match", "order", "follow"),
     ("file", "mapping", "residency", "readahead", "source", "arena"),
     ("engine", "engine_uring", "engine_threads"),
     ("load", "owned", "stream"),
     ("py_state", "py_err", "py_args", "py_names", "py_modes"),
-    ("py_tensor", "py_filter"),
+    ("py_tensor", "py_filter", "py_keeps"),
     (
         "py_slice",
         "py_handle",

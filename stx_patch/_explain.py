@@ -8,11 +8,10 @@ nothing of it is counted in `stats()`.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable
 from typing import Any
 
-from . import _filter, _native, _options, _origin, _stock
+from . import _filter, _native, _options, _origin, _sharded, _stock
 from ._safe_open import Request, explain_refusal, fspath, refuse
 
 _HOW = {
@@ -158,7 +157,7 @@ class Explanation:
 
 
 def explain(
-    filename: str | os.PathLike[str] | list[str | os.PathLike[str]],
+    filename: _sharded.Source,
     tensor_filter: _filter.TensorFilter = None,
     device: str | int = "cpu",
     *,
@@ -167,10 +166,10 @@ def explain(
     include_keys: Iterable[str] | None = None,
     **options: Any,
 ) -> Explanation:
-    """Say what loading a file, or each file of a list, would do; read headers and nothing else.
+    """Say what loading a file, or each of many files, would do; read headers and nothing else.
 
     Args:
-        filename: path of a file, or a list of them.
+        filename: path of a file, a list of them, a folder or an index, as for `load_file`.
         tensor_filter: as for `load_file`; the filter of `patch()`, if one is in force, also counts.
         device: as for `load_file`.
         framework: as for `safe_open`.
@@ -189,7 +188,10 @@ def explain(
     request = Request(True, (), own)
     if own:
         raise TypeError(f"explain() got an unexpected keyword argument {next(iter(own))!r}")
-    filenames = filename if isinstance(filename, list) else [filename]
+    filenames: Any = filename if isinstance(filename, (list, tuple)) else [filename]
+    files = None if isinstance(filename, (list, tuple)) else _sharded.find_files(filename)
+    if files is not None:
+        filenames = files.paths
     return Explanation(
         tuple(_explain_file(request, one, framework, device, backend) for one in filenames)
     )

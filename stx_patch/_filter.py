@@ -99,6 +99,13 @@ def make_keys_rule(include_keys: Iterable[str]) -> Rule:
     return ("names", frozenset(_exact_str(name) for name in include_keys))
 
 
+def asks_python(rule: Rule) -> bool:
+    """Whether a callable is part of `rule`."""
+    if rule[0] in ("all", "any", "none"):
+        return any(asks_python(child) for child in rule[1])
+    return bool(rule[0] == "call")
+
+
 def both(first: Rule | None, second: Rule | None) -> Rule | None:
     """The rule that keeps what both keep."""
     if first is None or second is None:
@@ -120,6 +127,8 @@ def matches(rule: Rule, key: TensorKey) -> bool:
         return any(filters.is_below(prefix, key) for prefix in operand)
     if operation == "layers":
         return filters.is_in_layers(rule[1], rule[2], key)
+    if operation == "experts":
+        return filters.is_of_experts(rule[1], rule[2], key)
     for child in operand:  # no generator: it would turn a callable's StopIteration into another
         decided = matches(child, key)
         if operation == "all" and not decided:

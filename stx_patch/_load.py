@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from . import _filter, _native, _origin, _patch, _stats, _stock
-from ._safe_open import Request, check_result, explain_refusal, fspath, is_stock_call, open_native
+from . import _filter, _native, _origin, _patch, _sharded, _stats, _stock
+from ._safe_open import (
+    Request,
+    check_result,
+    explain_refusal,
+    fspath,
+    is_stock_call,
+    open_native,
+    open_sharded,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def load_file(
-    filename: str | os.PathLike[str],
+    filename: _sharded.Source,
     device: str | int = "cpu",
     *,
     backend: str = "mmap",
@@ -29,10 +36,11 @@ def load_file(
     strict_filter: bool = False,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Load the tensors of a safetensors file that a filter keeps.
+    """Load the tensors of a safetensors file, or of many files, that a filter keeps.
 
     Args:
-        filename: path of the file.
+        filename: path of the file; or a list of paths, a folder, or a
+            `model.safetensors.index.json`: many files as one (docs/USAGE.md).
         device: "cpu", or what safetensors takes.
         backend: "mmap" or "pread", as safetensors has them.
         tensor_filter: which tensors exist for this call (docs/FILTERS.md); also the filter of
@@ -79,7 +87,9 @@ def _load_file(
     except TypeError:  # stock says what is wrong
         _stats.count_fallback("arguments")
         return _load_file_stock(arguments, keywords)
-    handle = open_native(request, filename, "pt", device, backend)
+    handle = open_sharded(request, filename, "pt", device, backend) if public else None
+    if handle is None:
+        handle = open_native(request, request.rule, filename, "pt", device, backend)
     if handle is not None:
         with handle:
             check_result(request, handle, filename)

@@ -30,9 +30,10 @@ class Origin:
         identity: (device, inode, size_bytes, mtime_ns) of the file, set by the core.
     """
 
-    __slots__ = ("_arguments", "_keywords", "_path", "_stock_handle", "identity")
+    __slots__ = ("_arguments", "_filename", "_keywords", "_path", "_stock_handle", "identity")
 
     def __init__(self, path: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self._filename = path
         self._path = _absolute(path)  # somebody may change the directory
         self._arguments = arguments
         self._keywords = keywords
@@ -43,6 +44,10 @@ class Origin:
     def stock_class(self) -> Any:
         """What a native handle's `__class__` says."""
         return _stock.safe_open
+
+    def filename(self) -> str:
+        """The path as it was given. Called by the core."""
+        return self._filename
 
     def stock_tensor(self, name: str) -> Any:
         """The tensor as stock makes it, or stock's error. Called by the core."""
@@ -124,10 +129,11 @@ def _absolute(path: str) -> str:
 class FilteredHandle:
     """A stock handle that shows only the kept names. Every method is stock's otherwise."""
 
-    __slots__ = ("_handle", "_kept", "_kept_set", "_left_out")
+    __slots__ = ("_filename", "_handle", "_kept", "_kept_set", "_left_out")
 
-    def __init__(self, handle: Any, kept: list[str]) -> None:
+    def __init__(self, handle: Any, kept: list[str], filename: str | None = None) -> None:
         self._handle = handle
+        self._filename = filename
         self._kept = kept  # in file order
         self._kept_set = frozenset(kept)
         self._left_out = frozenset(handle.keys()) - self._kept_set
@@ -187,6 +193,10 @@ class FilteredHandle:
     def nbytes(self, name: str) -> int:
         return count_bytes(self.get_dtype(name), self.get_shape(name))
 
+    def filename_of(self, name: str) -> str | None:
+        self.get_slice(name)
+        return self._filename
+
     @property
     def total_tensor_size(self) -> int:
         return sum(self.nbytes(name) for name in self._kept)
@@ -244,7 +254,7 @@ FilteredHandle.__name__ = "builtins.safe_open"
 
 def narrow(handle: Any, rule: _filter.Rule | None, filename: str | None) -> FilteredHandle:
     """`handle` of stock, behind `rule`, which is asked about each name once, in file order."""
-    return FilteredHandle(handle, keep_names(handle, rule, filename))
+    return FilteredHandle(handle, keep_names(handle, rule, filename), filename)
 
 
 def keep_names(handle: Any, rule: _filter.Rule | None, filename: str | None) -> list[str]:

@@ -17,7 +17,7 @@ import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from . import _filter, _native, _options, _origin, _patch, _stats, _stock
+from . import _filter, _native, _options, _origin, _patch, _sharded, _stats, _stock
 from ._errors import StxFilterWarning, warn
 
 _FRAMEWORKS = frozenset(("pt", "torch", "pytorch"))
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
         def __init__(
             self,
-            filename: str | os.PathLike[str],
+            filename: _sharded.Source,
             framework: str = "pt",
             device: str | int | None = "cpu",
             *,
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         def get_dtype(self, name: str) -> str: ...
         def get_shape(self, name: str) -> list[int]: ...
         def nbytes(self, name: str) -> int: ...
+        def filename_of(self, name: str) -> str: ...
         @property
         def total_tensor_size(self) -> int: ...
 
@@ -105,7 +106,12 @@ def is_stock_call(public: bool) -> bool:
 
 
 def open_native(
-    request: Request, filename: Any, framework: Any, device: Any, backend: Any
+    request: Request,
+    rule: _filter.Rule | None,
+    filename: Any,
+    framework: Any,
+    device: Any,
+    backend: Any,
 ) -> Any | None:
     """A native handle, or None after counting why stock is to serve this."""
     path = fspath(filename)
@@ -117,7 +123,7 @@ def open_native(
         origin = _origin.Origin(path, (), known)
         try:
             how = request.options.core
-            return _native.core.open(path, request.rule, origin, how, backend == "pread")
+            return _native.core.open(path, rule, origin, how, backend == "pread")
         except _native.core.Refused as refusal:
             reason = explain_refusal(path, refusal)
     _stats.count_fallback(reason)
@@ -185,11 +191,34 @@ def _open(public: bool, arguments: tuple[Any, ...], keywords: dict[str, Any]) ->
     except TypeError:  # stock says what is wrong
         _stats.count_fallback("arguments")
         return _open_stock(request)
-    handle = open_native(request, *bound)
+    handle = open_sharded(request, *bound) if public else None
+    if handle is None:
+        handle = open_native(request, request.rule, *bound)
     if handle is None:
         handle = _open_stock(request)
     check_result(request, handle, bound[0])
     return handle
+
+
+def open_sharded(
+    request: Request, filename: Any, framework: Any, device: Any, backend: Any
+) -> Any | None:
+    """One handle over the files of a list, a folder or an index; None for a single file."""
+    files = _sharded.find_files(filename)
+    if files is None:
+        return None
+
+    def open_one(path: str, rule: _filter.Rule | None) -> Any:
+        handle = open_native(request, rule, path, framework, device, backend)
+        if handle is not None:
+            return handle
+        keywords = {"framework": framework, "device": device, "backend": backend}
+        known = {name: value for name, value in keywords.items() if name in _stock.parameters}
+        with _stock.bypass():
+            opened = _stock.safe_open(path, **known)
+        return _origin.narrow(opened, rule, path)
+
+    return _sharded.open_files(files, request.rule, open_one)
 
 
 def _open_stock(request: Request) -> Any:
@@ -209,7 +238,7 @@ def check_result(request: Request, handle: Any, filename: Any) -> None:
     if request.strict:
         _check_strict(request, handle, filename)
     if request.public and handle._skipped_count != 0 and not handle.offset_keys():
-        text = f"tensor_filter keeps nothing of {fspath(filename)}"
+        text = f"tensor_filter keeps nothing of {_shown(filename)}"
         if request.strict:
             raise _stock.SafetensorError(text)
         warn(text, StxFilterWarning)
@@ -220,8 +249,15 @@ def _check_strict(request: Request, handle: Any, filename: Any) -> None:
     if missing:
         shown = ", ".join(map(repr, missing[:10])) + (", …" if len(missing) > 10 else "")
         raise _stock.SafetensorError(
-            f"tensor_filter asks for what {fspath(filename)} does not contain: {shown}"
+            f"tensor_filter asks for what {_shown(filename)} does not contain: {shown}"
         )
+
+
+def _shown(filename: Any) -> str:
+    """A path, or what stands for several."""
+    if isinstance(filename, (list, tuple)):
+        return f"{len(filename)} files, the first {fspath(filename[0])}"
+    return str(fspath(filename))
 
 
 # --- the class ---
@@ -249,7 +285,8 @@ class _Meta(type):
     def __subclasscheck__(cls, subclass: type) -> bool:
         native = () if _native.core is None else (_native.core.Handle,)
         return subclass is cls or issubclass(
-            subclass, (*native, _origin.FilteredHandle, _stock.safe_open)
+            subclass,
+            (*native, _origin.FilteredHandle, _sharded.ShardedHandle, _stock.safe_open),
         )
 
     def __repr__(cls) -> str:
@@ -289,7 +326,7 @@ class _Method:
         return self
 
     def __call__(self, /, *arguments: Any, **keywords: Any) -> Any:
-        own: tuple[Any, ...] = (_origin.FilteredHandle,)
+        own: tuple[Any, ...] = (_origin.FilteredHandle, _sharded.ShardedHandle)
         if _native.core is not None:
             own += (_native.core.Handle,)
         if arguments and isinstance(arguments[0], own):

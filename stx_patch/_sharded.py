@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many files as one: a list of paths, a folder, or the index of a sharded model.
+
+The files are opened together: headers first, in parallel, then the filter over all of them in
+order, then what two files both claim is settled. From there on each file is a handle of its own
+(csrc/py_handle.c), so that a tensor comes as it would from that file alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, Union
+
+from . import _filter, _stock
+from ._index import read_index
+
+_THREADS_MAX = 8
+_TAIL_BYTES = 64 << 20  # of a file, unread by the consumer, when the next one is begun
+
+Source = Union[str, "os.PathLike[str]", "Sequence[str | os.PathLike[str]]"]
+Opener = Callable[[str, "_filter.Rule | None"], Any]
+
+
+class Files:
+    """Which files a call means, and what an index says about them.
+
+    Attributes:
+        paths: in the order in which they are read.
+        index: tensor name -> path's key in `listed`, or None where there is no index.
+        listed: what an index calls a file -> its path.
+        index_path: the index, or None.
+    """
+
+    __slots__ = ("index", "index_path", "listed", "paths")
+
+    def __init__(
+        self,
+        paths: list[str],
+        index: dict[str, str] | None = None,
+        listed: dict[str, str] | None = None,
+        index_path: str | None = None,
+    ) -> None:
+        self.paths = paths
+        self.listed = listed or {}
+        self.index = index
+        self.index_path = index_path
+
+    def path_of(self, name: str) -> str | None:
+        """Where the index says that a tensor lies; None if it says nothing."""
+        file = None if self.index is None else self.index.get(name)
+        return None if file is None else self.listed[file]
+
+
+def find_files(filename: Any) -> Files | None:
+    """The files of a list, a folder or an index; None for anything else, a single file.
+
+    Raises:
+        FileNotFoundError: a folder without safetensors files.
+        TypeError: a list of something that is no path.
+        ValueError: an empty list, a path twice, a file that is no index, a folder of several.
+    """
+    if isinstance(filename, (list, tuple)):
+        return _of_list(filename)
+    try:
+        path = os.fspath(filename)
+    except TypeError:
+        return None
+    if not isinstance(path, str):
+        return None
+    if path.endswith(".json"):
+        return _of_index(path)
+    return _of_folder(path) if os.path.isdir(path) else None
+
+
+def _of_list(filenames: Sequence[Any]) -> Files:
+    paths = []
+    for filename in filenames:
+        path = os.fspath(filename)
+        if not isinstance(path, str):
+            raise TypeError(f"a list of files holds paths, not {type(path).__name__}")
+        paths.append(path)
+    if not paths:
+        raise ValueError("an empty list of files")
+    if len(set(paths)) != len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"{twice} is twice in a list of files")
+    return Files(paths)
+
+
+def _of_index(path: str) -> Files:
+    folder = os.path.dirname(path)
+    index = read_index(path)
+    listed = {file: os.path.join(folder, file) for file in set(index.values())}
+    return Files(sorted(listed.values(), key=_natural), index, listed, path)
+
+
+def _of_folder(path: str) -> Files:
+    indexes = sorted(Path(path).glob("*.safetensors.index.json"))
+    usual = [index for index in indexes if index.name == "model.safetensors.index.json"]
+    if usual or len(indexes) == 1:
+        return _of_index(str((usual or indexes)[0]))
+    if indexes:
+        raise ValueError(f"{path} holds several indexes: give the path of one of them")
+    paths = [str(file) for file in Path(path).glob("*.safetensors")]
+    if not paths:
+        raise FileNotFoundError(f"No such file or directory: {os.path.join(path, '*.safetensors')}")
+    return Files(sorted(paths, key=_natural))
+
+
+def _natural(path: str) -> list[tuple[int, int, str]]:
+    """Numbers by value, so that 2 comes before 10."""
+    parts = re.split(r"([0-9]+)", path)
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]
+
+
+def open_files(files: Files, rule: _filter.Rule | None, opener: Opener) -> ShardedHandle:
+    """One handle over all files. `opener(path, rule)` opens one of them.
+
+    Raises:
+        SafetensorError: two files have a tensor of the same name and no index says which one
+            counts; an index lists a tensor that its files do not contain.
+        OSError, SafetensorError: what opening a file raises. Nothing stays open.
+    """
+    paths, unopened = files.paths, []
+    if files.index is not None and rule is not None and not _filter.asks_python(rule):
+        paths = _needed(files, rule)
+        opened = set(paths)
+        others = {file for file, path in files.listed.items() if path not in opened}
+        unopened = [name for name, file in files.index.items() if file in others]
+    handles = _open_all(paths, rule, opener)
+    try:
+        owners, shadowed = _settle(files, paths, handles)
+        for number, names in shadowed.items():
+            but_these = ("none", (("names", frozenset(names)),))
+            handles[number].__exit__(None, None, None)
+            handles[number] = opener(paths[number], _filter.both(rule, but_these))
+    except BaseException:
+        for handle in handles:
+            handle.__exit__(None, None, None)
+        raise
+    return ShardedHandle(paths, handles, owners, unopened)
+
+
+def _needed(files: Files, rule: _filter.Rule) -> list[str]:
+    """The files in which the index has something that is kept: the others need not be there."""
+    assert files.index is not None
+    needed = {
+        files.listed[file]
+        for name, file in files.index.items()
+        if _filter.matches(rule, _filter.TensorKey(name, "", (), 0, None))
+    }
+    return [path for path in files.paths if path in needed] or files.paths[:1]
+
+
+def _open_all(paths: list[str], rule: _filter.Rule | None, opener: Opener) -> list[Any]:
+    """All handles, or the first file's exception and none of them.
+
+    Several at once, but for a callable filter: that is asked in file order, by one thread.
+    """
+    handles: list[Any] = []
+    try:
+        if rule is not None and _filter.asks_python(rule):
+            for path in paths:
+                handles.append(opener(path, rule))
+        else:
+            _open_beside(paths, rule, opener, handles)
+    except BaseException:
+        for handle in handles:
+            handle.__exit__(None, None, None)
+        raise
+    return handles
+
+
+def _open_beside(
+    paths: list[str], rule: _filter.Rule | None, opener: Opener, handles: list[Any]
+) -> None:
+    threads_count = min(_THREADS_MAX, len(paths), len(os.sched_getaffinity(0)))
+    if threads_count < 2:
+        handles.extend(opener(path, rule) for path in paths)
+        return
+    opened: list[Any] = [None] * len(paths)
+    errors: dict[int, BaseException] = {}
+
+    def open_some(first: int) -> None:
+        for number in range(first, len(paths), threads_count):
+            try:
+                opened[number] = opener(paths[number], rule)
+            except BaseException as error:  # the first file's is raised by the caller
+                errors[number] = error
+                return
+
+    with ThreadPoolExecutor(threads_count - 1) as pool:
+        others = [pool.submit(open_some, number) for number in range(1, threads_count)]
+        try:
+            open_some(0)
+        finally:
+            wait(others)
+            handles.extend(handle for handle in opened if handle is not None)
+    if errors:
+        raise errors[min(errors)]
+
+
+def _settle(
+    files: Files, paths: list[str], handles: list[Any]
+) -> tuple[dict[str, int], dict[int, list[str]]]:
+    """Which file each name is taken from; and file -> names that it has and another one gives."""
+    owners: dict[str, int] = {}
+    clashes: dict[str, list[int]] = {}
+    for number, handle in enumerate(handles):
+        for name in handle.offset_keys():
+            other = owners.setdefault(name, number)
+            if other != number:
+                clashes.setdefault(name, [other]).append(number)
+    shadowed: dict[int, list[str]] = {}
+    for name, numbers in clashes.items():
+        chosen = files.path_of(name)
+        if chosen not in [paths[number] for number in numbers]:
+            first, second = (paths[number] for number in numbers[:2])
+            raise _stock.SafetensorError(f"two files have a tensor {name}: {first} and {second}")
+        for number in numbers:
+            if paths[number] == chosen:
+                owners[name] = number
+            else:
+                shadowed.setdefault(number, []).append(name)
+    if files.index is not None:
+        _check_index(files, paths, handles, owners)
+    return owners, shadowed
+
+
+def _check_index(
+    files: Files, paths: list[str], handles: list[Any], owners: dict[str, int]
+) -> None:
+    """What an index lists has to be there, unless the filter left it out."""
+    assert files.index is not None
+    missing = files.index.keys() - owners.keys()
+    if not missing:
+        return
+    for handle in handles:
+        if handle._skipped_count:
+            missing -= set(handle._all_names())
+    opened = set(paths)
+    for name in sorted(missing):
+        path = files.path_of(name)
+        if path in opened:
+            raise _stock.SafetensorError(
+                f"{files.index_path} lists tensor {name} in {path}, which does not contain it"
+            )
+
+
+class ShardedHandle:
+    """Several files behind the methods of one handle, in the order of the files.
+
+    `owners` says which file each kept name is taken from, `unopened` what else an index lists: all
+    of it left out by the filter.
+    """
+
+    __slots__ = ("_closed", "_handles", "_owners", "_paths", "_unopened")
+
+    def __init__(
+        self, paths: list[str], handles: list[Any], owners: dict[str, int], unopened: list[str]
+    ) -> None:
+        self._paths = paths
+        self._unopened = unopened
+        self._handles = handles
+        self._owners = owners
+        self._closed = False
+
+    @property
+    def __class__(self) -> Any:
+        return _stock.safe_open
+
+    @__class__.setter
+    def __class__(self, value: type) -> None:
+        raise TypeError("__class__ assignment is not supported")
+
+    @property
+    def _skipped_count(self) -> int:
+        self._check_open()
+        skipped: int = sum(handle._skipped_count for handle in self._handles)
+        return skipped + len(self._unopened)
+
+    def _all_names(self) -> list[str]:
+        self._check_open()
+        opened = [name for handle in self._handles for name in handle._all_names()]
+        return opened + self._unopened
+
+    def keys(self) -> list[str]:
+        """Names of the tensors of all files, sorted."""
+        self._check_open()
+        return sorted(self._owners)
+
+    def offset_keys(self) -> list[str]:
+        """Names of the tensors in the order of files and places."""
+        self._check_open()
+        return [name for handle in self._handles for name in handle.offset_keys()]
+
+    def metadata(self) -> dict[str, str] | None:
+        """The files' `__metadata__` in one dict, the first file's word first; None without any."""
+        self._check_open()
+        found = [handle.metadata() for handle in self._handles]
+        merged: dict[str, str] = {}
+        for metadata in reversed(found):
+            merged.update(metadata or {})
+        return merged if any(metadata is not None for metadata in found) else None
+
+    def get_tensor(self, name: str) -> Any:
+        """The tensor called name; SafetensorError if there is none."""
+        return self._of(name).get_tensor(name)
+
+    def get_slice(self, name: str) -> Any:
+        """A lazy slice of the tensor called name; SafetensorError if there is none."""
+        return self._of(name).get_slice(name)
+
+    def get_tensors(self) -> dict[str, Any]:
+        """All tensors: a dict in the order of `offset_keys`."""
+        self._check_open()
+        tensors: dict[str, Any] = {}
+        for handle in self._handles:
+            tensors.update(handle.get_tensors())
+        return tensors
+
+    def tensors(self) -> Iterator[tuple[str, Any]]:
+        """Iterate over (name, tensor), each in memory of its own.
+
+        The next file is begun when little of one is left. Both together stay within two windows.
+        """
+        self._check_open()
+        return self._stream(list(self._handles))
+
+    def _stream(self, handles: list[Any]) -> Iterator[tuple[str, Any]]:
+        begun: Any = None  # the iterator of the next file
+        for number, handle in enumerate(handles):
+            stream = handle.tensors() if begun is None else begun
+            begun = None
+            left_bytes = handle.total_tensor_size
+            try:
+                for name, tensor in stream:
+                    left_bytes -= tensor.nbytes
+                    if begun is None and left_bytes < _TAIL_BYTES and number + 1 < len(handles):
+                        begun = handles[number + 1].tensors()
+                    yield name, tensor
+                    del tensor
+            except BaseException:
+                for unfinished in (stream, begun):
+                    if unfinished is not None:
+                        unfinished.close()
+                raise
+
+    def get_dtype(self, name: str) -> str:
+        """Its dtype as the header spells it, such as "BF16"."""
+        dtype: str = self._of(name).get_dtype(name)
+        return dtype
+
+    def get_shape(self, name: str) -> list[int]:
+        """Its shape: a list of int."""
+        shape: list[int] = self._of(name).get_shape(name)
+        return shape
+
+    def nbytes(self, name: str) -> int:
+        """Its size in the file, in bytes."""
+        size_bytes: int = self._of(name).nbytes(name)
+        return size_bytes
+
+    def filename_of(self, name: str) -> str:
+        """The path of the file it lies in."""
+        self._of(name)
+        return self._paths[self._owners[name]]
+
+    @property
+    def total_tensor_size(self) -> int:
+        """Bytes of all tensors that are kept."""
+        self._check_open()
+        return sum(handle.total_tensor_size for handle in self._handles)
+
+    def __enter__(self) -> ShardedHandle:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._closed = True
+        for handle in self._handles:
+            handle.__exit__(None, None, None)
+
+    def __repr__(self) -> str:
+        return f"<stx_patch.safe_open of {len(self._paths)} files at {id(self):#x}>"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("cannot pickle 'safe_open' object")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise _stock.SafetensorError("File is closed")
+
+    def _of(self, name: object) -> Any:
+        """The handle that has `name`, or one that says that it is missing."""
+        self._check_open()
+        if not isinstance(name, str):
+            return self._handles[0]
+        number = self._owners.get(name)
+        if number is not None:
+            return self._handles[number]
+        if name in self._unopened:
+            raise _stock.SafetensorError(
+                f"File does not contain tensor {name} (left out by tensor_filter)"
+            )
+        for handle in self._handles:
+            if handle._skipped_count and name in handle._all_names():
+                return handle
+        return self._handles[0]

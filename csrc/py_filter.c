@@ -11,6 +11,7 @@
  *   ("all" | "any" | "none", (rule, ...))      ("names", frozenset)      ("call", callable)
  *   ("glob" | "prefixes", (str, ...))          ("layers", start, stop)
  *   ("experts", frozenset of int, keep_scales)
+ *   ("index", dict of name -> base name of its file, frozenset of these files)
  */
 #include "py_filter.h"
 
@@ -27,6 +28,7 @@ enum operation {
     OP_NAMES,
     OP_LAYERS,
     OP_EXPERTS,
+    OP_INDEX,
     OP_CALL
 };
 
@@ -36,7 +38,8 @@ struct rule {
     struct rule *children;  /* OP_ALL, OP_ANY, OP_NONE */
     struct stx_text *texts; /* OP_GLOB, OP_PREFIXES */
     size_t count;           /* of children or texts */
-    PyObject *py_operand;   /* OP_NAMES, OP_EXPERTS: frozenset; OP_CALL: callable */
+    PyObject *py_operand;   /* OP_NAMES, OP_EXPERTS: frozenset; OP_INDEX: dict; OP_CALL: callable */
+    PyObject *py_files;     /* OP_INDEX: frozenset */
     uint64_t start, stop;   /* OP_LAYERS */
     bool keep_scales;       /* OP_EXPERTS */
 };
@@ -104,8 +107,8 @@ static int read_experts(struct rule *rule, PyObject *py_rule, PyObject *py_ids) 
 }
 
 static int read_rule(struct rule *rule, PyObject *py_rule, int depth) {
-    static const char *const operations[] = {"all",   "any",    "none",    "glob", "prefixes",
-                                             "names", "layers", "experts", "call"};
+    static const char *const operations[] = {"all",   "any",    "none",    "glob",  "prefixes",
+                                             "names", "layers", "experts", "index", "call"};
     PyObject *py_operation = depth < DEPTH_MAX ? PyTuple_GetItem(py_rule, 0) : NULL;
     PyObject *py_operand = py_operation == NULL ? NULL : PyTuple_GetItem(py_rule, 1);
     if (py_operand == NULL) {
@@ -127,6 +130,10 @@ static int read_rule(struct rule *rule, PyObject *py_rule, int depth) {
                 return read_layers(rule, py_rule);
             case OP_EXPERTS:
                 return read_experts(rule, py_rule, py_operand);
+            case OP_INDEX:
+                rule->py_files = PyTuple_GetItem(py_rule, 2);
+                rule->py_operand = py_operand;
+                return rule->py_files == NULL ? -1 : 0;
             case OP_NAMES:
             case OP_CALL:
                 rule->py_operand = py_operand;
@@ -189,6 +196,31 @@ static int evaluate_children(const struct rule *rule, struct subject *subject) {
     return rule->operation != OP_ANY;
 }
 
+/* The last component of the path being opened; empty where there is no path. A new reference. */
+static PyObject *get_file(const struct subject *subject) {
+    if (!PyUnicode_Check(subject->py_filename)) return PyUnicode_FromString("");
+    const Py_ssize_t length = PyUnicode_GetLength(subject->py_filename);
+    const Py_ssize_t slash = PyUnicode_FindChar(subject->py_filename, '/', 0, length, -1);
+    return slash == -2 ? NULL : PyUnicode_Substring(subject->py_filename, slash + 1, length);
+}
+
+/* In the file that the index says; in a file the index does not know, by the name alone. */
+static int evaluate_index(const struct rule *rule, struct subject *subject) {
+    PyObject *py_name = stx_py_names_get(subject->names, subject->index);
+    PyObject *py_wanted =
+        py_name == NULL ? NULL : PyDict_GetItemWithError(rule->py_operand, py_name);
+    if (py_wanted == NULL) return PyErr_Occurred() == NULL ? 0 : -1;
+    PyObject *py_file = get_file(subject);
+    int keep = py_file == NULL ? -1 : PySet_Contains(rule->py_files, py_file);
+    if (keep == 0)
+        keep = 1;
+    else if (keep == 1)
+        keep = PyObject_RichCompareBool(py_file, py_wanted, Py_EQ);
+    Py_XDECREF(py_file);
+    subject->asked_python = true; /* the same header in another file is another question */
+    return keep;
+}
+
 static int evaluate(const struct rule *rule, struct subject *subject) {
     PyObject *py_name;
     switch (rule->operation) {
@@ -208,6 +240,8 @@ static int evaluate(const struct rule *rule, struct subject *subject) {
             return stx_match_layers(rule->start, rule->stop, subject->name);
         case OP_EXPERTS:
             return evaluate_experts(rule, subject);
+        case OP_INDEX:
+            return evaluate_index(rule, subject);
         case OP_NAMES:
             py_name = stx_py_names_get(subject->names, subject->index);
             return py_name == NULL ? -1 : PySet_Contains(rule->py_operand, py_name);

@@ -129,6 +129,9 @@ def matches(rule: Rule, key: TensorKey) -> bool:
         return filters.is_in_layers(rule[1], rule[2], key)
     if operation == "experts":
         return filters.is_of_experts(rule[1], rule[2], key)
+    if operation == "index":
+        file = (getattr(key, "filename", None) or "").rpartition("/")[2]
+        return key in operand and (file not in rule[2] or bool(operand[key] == file))
     for child in operand:  # no generator: it would turn a callable's StopIteration into another
         decided = matches(child, key)
         if operation == "all" and not decided:
@@ -148,8 +151,8 @@ def unmatched(rule: Rule | None, names: list[str]) -> list[str]:
     if rule is None:
         return []
     operation, operand = rule[0], rule[1]
-    if operation == "names":
-        return sorted(operand - set(names))
+    if operation in ("names", "index"):
+        return sorted(set(operand) - set(names))
     if operation == "glob":
         return [p for p in operand if not any(match_glob(p, name) for name in names)]
     if operation == "prefixes":

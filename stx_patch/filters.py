@@ -23,6 +23,7 @@ __all__ = [
     "experts",
     "from_index",
     "glob",
+    "indexed",
     "layers",
     "names",
     "none_of",
@@ -183,14 +184,36 @@ class experts(Filter):
         return ("experts", *self._operands)
 
 
-def from_index(path: str | os.PathLike[str]) -> names:
-    """The names that a `model.safetensors.index.json` lists.
+class indexed(Filter):
+    """What an index lists, in the file where it lists it.
+
+    A tensor of the same name in another listed file is left out: a shard that was reused may hold
+    stale ones. In a file that the index does not list, the name alone counts.
+
+    Args:
+        weight_map: tensor name -> path of its file; its last component counts.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, weight_map: Mapping[str, str]) -> None:
+        names = _all_str(weight_map)
+        files = _all_str(weight_map.values())
+        super().__init__({n: f.rpartition("/")[2] for n, f in zip(names, files, strict=True)})
+
+    def rule(self) -> tuple[Any, ...]:
+        weight_map = self._operands[0]
+        return ("index", weight_map, frozenset(weight_map.values()))
+
+
+def from_index(path: str | os.PathLike[str]) -> indexed:
+    """What a `model.safetensors.index.json` lists, in the file where it lists it (`indexed`).
 
     Raises OSError if it cannot be read, ValueError if it is no such index.
     """
     from ._index import read_index
 
-    return names(read_index(path))
+    return indexed(read_index(path))
 
 
 class _Combination(Filter):
@@ -277,7 +300,9 @@ def _all_str(values: Iterable[object]) -> tuple[str, ...]:
 
 
 def _stable_repr(operand: object) -> str:
-    """A repr that is equal for equal operands: sets are printed in order."""
+    """A repr that is equal for equal operands: sets and dicts are printed in order."""
+    if isinstance(operand, dict):
+        return "{" + ", ".join(f"{key!r}: {operand[key]!r}" for key in sorted(operand)) + "}"
     if isinstance(operand, (set, frozenset)):
         return "{" + ", ".join(map(repr, sorted(operand))) + "}"
     return repr(operand)

@@ -454,7 +454,54 @@ def test_the_names_of_an_index(tmp_path):
     path = tmp_path / "model.safetensors.index.json"
     path.write_text('{"metadata": {}, "weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}')
     for form in (path, str(path)):
-        assert filters.from_index(form) == filters.names(["a", "b"])
+        assert filters.from_index(form) == filters.indexed(
+            {"a": "1.safetensors", "b": "2.safetensors"}
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "filename", "expected"),
+    [
+        ("a", "/m/1.safetensors", True),
+        ("a", "1.safetensors", True),
+        ("a", "/m/2.safetensors", False),  # a stale copy
+        ("b", "/m/2.safetensors", True),
+        ("c", "/m/1.safetensors", False),
+        ("a", "/blobs/0123456789abcdef", True),  # the index does not know this file
+        ("c", "/blobs/0123456789abcdef", False),
+        ("a", None, True),
+        ("c", None, False),
+    ],
+)
+def test_what_an_index_keeps(tmp_path, name, filename, expected):
+    keep = filters.indexed({"a": "sub/1.safetensors", "b": "2.safetensors"})
+    assert keep(TensorKey(name, "U8", (), 1, filename)) is expected
+    if _native.core is not None and filename is not None:
+        folder = tmp_path / "m"
+        folder.mkdir()
+        path = folder / filename.rpartition("/")[2]
+        write_raw(path, [(name, "U8", (1,), b"x")])
+        for _ in range(3):  # and from the cache of headers
+            handle = stx_patch.safe_open(str(path), include_keys={name})
+            assert handle.keys() == [name]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", stx_patch.StxFilterWarning)
+                assert stx_patch.safe_open(str(path), tensor_filter=keep).keys() == (
+                    [name] if expected else []
+                )
+
+
+def test_one_header_in_two_files_of_an_index(tmp_path):
+    """Two names of one file are one header and two questions."""
+    first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
+    write_raw(first, [("a", "U8", (1,), b"x")])
+    os.link(first, second)
+    keep = filters.indexed({"a": "1.safetensors", "b": "2.safetensors"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stx_patch.StxFilterWarning)
+        for _ in range(4):
+            assert stx_patch.safe_open(first, tensor_filter=keep).keys() == ["a"]
+            assert stx_patch.safe_open(second, tensor_filter=keep).keys() == []
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
@@ -477,6 +524,7 @@ OBJECTS = [
     filters.regex("^x(y|z)$"),
     filters.layers(1, 3),
     filters.experts([3, 1, 100, 17]),
+    filters.indexed({"z": "2.safetensors", "a": "sub/1.safetensors", "m": "1.safetensors"}),
     filters.experts([3, 1, 100, 17], keep_scales=False),
     filters.all_of("a*", {"z", "a", "m", "k"}, filters.layers(0, 1)),
     filters.any_of(frozenset(["q", "r", "s", "t", "u"]), ["a", "b"]),

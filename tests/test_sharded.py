@@ -398,8 +398,8 @@ def test_two_hundred_shards_hold_no_descriptor_and_no_thread(tmp_path):
 
 def test_a_cold_model_is_read_once_and_only_what_is_kept(tmp_path):
     paths = write_large(tmp_path / "m", 3, 8, 2 * MIB)
-    if not all(drop_from_cache(path) for path in paths):
-        pytest.skip("the page cache cannot be dropped here")
+    for path in paths:
+        drop_from_cache(path)
     tensors = stx_patch.load_file(paths, tensor_filter="*.t[04]")
     settle()
     assert len(tensors) == 6

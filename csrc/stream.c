@@ -241,7 +241,7 @@ enum stx_status stx_stream_open(struct stx_stream **stream, struct stx_file *fil
     stx_thread_condition_init(&opened->change);
     /* Where no thread is to be had, the consumer reads its pieces itself. */
     opened->started = stx_thread_start(&opened->thread, read_all, opened) == 0;
-    opened->alone = !opened->started;
+    if (!opened->started) opened->alone = true; /* else it is the thread's to say */
 out:
     if (status != STX_OK) release(opened);
     if (status == STX_OK) *stream = opened;

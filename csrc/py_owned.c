@@ -105,9 +105,37 @@ PyObject *stx_py_owned_raise(struct stx_py_handle *self, const struct stx_file *
                         strerror(err->sys_errno), err->sys_errno);
 }
 
-/* A signal handler that raises ends the load. */
+int stx_py_owned_report(const struct stx_py_handle *self, uint64_t done_bytes) {
+    PyObject *py_progress = PyObject_GetAttrString(self->py_origin, "progress");
+    if (py_progress == NULL) return -1;
+    PyObject *py_done =
+        py_progress == Py_None
+            ? Py_NewRef(Py_None)
+            : PyObject_CallMethod(py_progress, "report", "KK", (unsigned long long)done_bytes,
+                                  (unsigned long long)self->kept_bytes);
+    Py_DECREF(py_progress);
+    Py_XDECREF(py_done);
+    return py_done == NULL ? -1 : 0;
+}
+
+void stx_py_owned_stop_report(const struct stx_py_handle *self) {
+    PyObject *py_type, *py_value, *py_traceback;
+    PyErr_Fetch(&py_type, &py_value, &py_traceback);
+    PyObject *py_progress = PyObject_GetAttrString(self->py_origin, "progress");
+    PyObject *py_done = NULL;
+    if (py_progress != NULL && py_progress != Py_None)
+        py_done = PyObject_CallMethod(py_progress, "stop", NULL);
+    if (PyErr_Occurred()) PyErr_WriteUnraisable(self->py_origin);
+    Py_XDECREF(py_done);
+    Py_XDECREF(py_progress);
+    PyErr_Restore(py_type, py_value, py_traceback);
+}
+
+/* A signal handler that raises ends the load, and whoever is told of its progress may. */
 struct patience {
     PyThreadState *thread;
+    const struct stx_py_handle *reporting; /* NULL: nobody is told */
+    const struct stx_load_result *result;
     bool raised;
 };
 
@@ -115,22 +143,29 @@ static bool ask_python(void *context) {
     struct patience *patience = context;
     PyEval_RestoreThread(patience->thread);
     patience->raised = PyErr_CheckSignals() != 0;
+    if (!patience->raised && patience->reporting != NULL) {
+        const uint64_t kept_bytes = patience->reporting->kept_bytes;
+        const uint64_t read_bytes = patience->result->bytes_read; /* with what lies between */
+        if (read_bytes < kept_bytes)
+            patience->raised = stx_py_owned_report(patience->reporting, read_bytes) != 0;
+    }
     patience->thread = PyEval_SaveThread();
     return !patience->raised;
 }
 
 /* --- reading --- */
 
-/* Read `plan` into `*arena`, which is made for it. 0; or -1 with an exception, if a signal handler
- * raised one, else with `err` and where in the file that was. */
-static int read_plan(struct stx_py_handle *self, const struct stx_plan *plan,
+/* Read `plan` into `*arena`, which is made for it; progress is told of if it is all of the handle.
+ * 0; or -1 with an exception, if a signal handler raised one, else with `err` and where in the file
+ * that was. */
+static int read_plan(struct stx_py_handle *self, const struct stx_plan *plan, bool is_all,
                      struct stx_arena **arena, uint64_t *failed_offset_bytes, struct stx_err *err) {
     const struct stx_owned_options options = stx_py_owned_options(self);
     struct stx_py_file *const file = self->file; /* `busy` keeps it open */
-    struct patience patience = {.raised = false};
+    struct stx_load_result result = {.failed_file = STX_LOAD_NO_FILE};
+    struct patience patience = {.reporting = is_all ? self : NULL, .result = &result};
     const struct stx_owned_patience core_patience = {.keep_going = ask_python,
                                                      .context = &patience};
-    struct stx_load_result result = {.failed_file = STX_LOAD_NO_FILE};
     struct stx_owned_way way = {.why_buffered = NULL};
     const uint64_t memory_bytes =
         stx_plan_memory_bytes(plan->reads, plan->reads_count, STX_LOAD_ALIGN_BYTES);
@@ -179,11 +214,15 @@ static uint64_t place_of(const struct stx_py_handle *self, const struct stx_plan
 
 /* Memory with all that a plan reads, whose first tensor may be `first`. NULL with an exception. */
 static struct stx_arena *run_plan(struct stx_py_handle *self, const struct stx_plan *plan,
-                                  size_t first) {
+                                  size_t first, bool is_all) {
     struct stx_arena *arena = NULL;
     struct stx_err err = {.status = STX_OK};
     uint64_t failed_offset_bytes = 0;
-    if (read_plan(self, plan, &arena, &failed_offset_bytes, &err) == 0) return arena;
+    if (read_plan(self, plan, is_all, &arena, &failed_offset_bytes, &err) == 0) {
+        if (!is_all || stx_py_owned_report(self, self->kept_bytes) == 0) return arena;
+        stx_arena_release(arena);
+    }
+    if (is_all) stx_py_owned_stop_report(self);
     if (!PyErr_Occurred())
         (void)stx_py_owned_raise(self, &self->file->file, first, failed_offset_bytes, &err);
     return NULL;
@@ -199,7 +238,7 @@ PyObject *stx_py_owned_tensor(struct stx_py_handle *self, size_t index) {
     struct stx_plan plan;
     PyObject *py_tensor = NULL;
     if (plan_tensors(self, (uint32_t)index, 1, &plan) != 0) return NULL;
-    struct stx_arena *arena = run_plan(self, &plan, index);
+    struct stx_arena *arena = run_plan(self, &plan, index, false);
     if (arena != NULL)
         py_tensor = stx_py_tensor_make_owned(self->state, arena, place_of(self, &plan, index),
                                              &self->source.header.tensors[index]);
@@ -245,7 +284,7 @@ PyObject *stx_py_owned_load(struct stx_py_handle *self, int dispatch_depth) {
     const uint64_t start_ns = stx_py_clock_ns();
     if (plan_tensors(self, 0, 0, &plan) != 0) return NULL;
     self->state->counters.plan_ns += stx_py_clock_ns() - start_ns;
-    struct stx_arena *arena = run_plan(self, &plan, 0);
+    struct stx_arena *arena = run_plan(self, &plan, 0, true);
     PyObject *py_tensors = arena == NULL ? NULL : hand_out_all(self, arena, &plan, dispatch_depth);
     stx_arena_release(arena);
     stx_plan_free(&plan);

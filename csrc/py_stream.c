@@ -27,7 +27,8 @@ struct iterator {
     PyObject_HEAD struct stx_py_handle *handle; /* owned; we count in its `busy` */
     struct stx_stream *stream;
     struct stx_stream_piece piece;
-    uint32_t next; /* tensor to be handed out */
+    uint32_t next;       /* tensor to be handed out */
+    uint64_t done_bytes; /* of tensors handed out */
     pid_t pid;
     bool running; /* a thread is in __next__ */
     bool ended;
@@ -102,6 +103,7 @@ static void end(struct iterator *self) {
     stx_arena_release(self->piece.arena);
     self->piece = (struct stx_stream_piece){.arena = NULL};
     if (stream == NULL) return;
+    stx_py_owned_stop_report(self->handle);
     if (self->pid != getpid()) {
         stx_stream_abandon(stream);
         return;
@@ -124,6 +126,7 @@ PyObject *stx_py_stream_new(struct stx_py_handle *handle) {
     self->stream = NULL;
     self->piece = (struct stx_stream_piece){.arena = NULL};
     self->next = 0;
+    self->done_bytes = 0;
     self->pid = getpid();
     self->running = false;
     self->ended = false;
@@ -167,6 +170,7 @@ static int fetch(struct iterator *self) {
     bool ready = false;
     stx_arena_release(self->piece.arena);
     self->piece.arena = NULL;
+    if (stx_py_owned_report(self->handle, self->done_bytes) != 0) return -1;
     while (status == STX_OK && !ready) {
         Py_BEGIN_ALLOW_THREADS;
         status =
@@ -191,6 +195,7 @@ static PyObject *make_pair(struct iterator *self, size_t index) {
     PyObject *py_name = dispatch_depth < 0 ? NULL : stx_py_names_get(&handle->names, index);
     PyObject *py_tensor = NULL;
     if (py_name == NULL) return NULL;
+    self->done_bytes += tensor->end - tensor->begin;
     if (dispatch_depth != 0 || !stx_py_tensor_is_native(tensor)) {
         py_tensor = PyObject_CallMethod(handle->py_origin, "stock_tensor", "O", py_name);
     } else {

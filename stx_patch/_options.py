@@ -13,6 +13,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from . import _progress
+
 _ENGINES = ("auto", "uring", "threads")
 _DIRECT_IO = ("auto", "on", "off")
 _UNITS = {
@@ -47,6 +49,22 @@ def _size(name: str, value: object, words: tuple[str, ...]) -> int | str:
     return value
 
 
+def _progress_target(value: object) -> Any:
+    """The value as it is, or as the text of a variable means it."""
+    if isinstance(value, bool) or callable(value):
+        return value
+    if value is None:
+        return False
+    if not isinstance(value, str):
+        raise TypeError(
+            f'progress must be a bool, "force" or a callable, not {type(value).__name__}'
+        )
+    words = {"0": False, "false": False, "1": True, "true": True, "force": "force"}
+    if value.lower() not in words:
+        raise ValueError(f'progress must be a bool, "force" or a callable, not {value!r}')
+    return words[value.lower()]
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How files are read. Sizes are bytes: an int, or text such as "512MiB".
@@ -60,6 +78,9 @@ class Options:
             16 MiB and more where that is faster.
         direct_io: whether reads into memory of our own go past the page cache: "on" (where the file
             system can), "off", or "auto", unless the file is in the page cache already.
+        progress: for loads that wait (`backend="pread"`, `tensors()`): True for a bar, if stderr is
+            a terminal, "force" for a bar anyway, or a callable that is given (done_bytes,
+            total_bytes) about twenty times a second; what it raises ends the load.
 
     Raises:
         TypeError, ValueError: a value that is none of these.
@@ -69,6 +90,7 @@ class Options:
     read_ahead: Size = "auto"
     inflight_bytes: Size = "auto"
     direct_io: str = "auto"
+    progress: _progress.Target = False
 
     def __post_init__(self) -> None:
         _check_choice("engine", self.engine, _ENGINES)
@@ -80,10 +102,14 @@ class Options:
         if inflight == 0:
             raise ValueError("inflight_bytes must be more than 0")
         object.__setattr__(self, "inflight_bytes", inflight)
+        object.__setattr__(self, "progress", _progress_target(self.progress))
 
     @property
     def core(self) -> tuple[int, int, int, int]:
-        """As the core takes them: engine, read-ahead bytes, bytes in flight, direct I/O."""
+        """As the core takes them: engine, read-ahead bytes, bytes in flight, direct I/O.
+
+        Progress is the origin's (stx_patch._origin).
+        """
         ahead = {"auto": -1, "off": 0}.get(str(self.read_ahead), self.read_ahead)
         inflight = 0 if self.inflight_bytes == "auto" else self.inflight_bytes
         direct = _DIRECT_IO.index(self.direct_io)

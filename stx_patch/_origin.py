@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from . import _filter, _owned, _stats, _stock
+from . import _filter, _owned, _progress, _stats, _stock
 
 _BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
@@ -27,16 +27,32 @@ class Origin:
     `arguments` and `keywords` are stock's, behind the path.
 
     Attributes:
+        progress: whom the core tells how far a load is, or None.
         identity: (device, inode, size_bytes, mtime_ns) of the file, set by the core.
     """
 
-    __slots__ = ("_arguments", "_filename", "_keywords", "_path", "_stock_handle", "identity")
+    __slots__ = (
+        "_arguments",
+        "_filename",
+        "_keywords",
+        "_path",
+        "_stock_handle",
+        "identity",
+        "progress",
+    )
 
-    def __init__(self, path: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        path: str,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+        progress: _progress.Progress | None = None,
+    ) -> None:
         self._filename = path
         self._path = _absolute(path)  # somebody may change the directory
         self._arguments = arguments
         self._keywords = keywords
+        self.progress = progress
         self._stock_handle: Any = None
         self.identity: tuple[int, int, int, int] | None = None
 

@@ -17,7 +17,7 @@ import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from . import _filter, _native, _options, _origin, _patch, _sharded, _stats, _stock
+from . import _filter, _native, _options, _origin, _patch, _progress, _sharded, _stats, _stock
 from ._errors import StxFilterWarning, warn
 
 _FRAMEWORKS = frozenset(("pt", "torch", "pytorch"))
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
             read_ahead: _options.Size = "auto",
             inflight_bytes: _options.Size = "auto",
             direct_io: str = "auto",
+            progress: _progress.Target = False,
         ) -> None: ...
         def __enter__(self) -> SafeOpen: ...
         def __exit__(self, *exc_info: object) -> None: ...
@@ -70,10 +71,20 @@ class Request:
         own_rule: the call's own part of it.
         strict: the call's `strict_filter`.
         options: how to read: the call's, else those in force.
+        progress: what they make of `progress=`: one for all files of the call, or None.
         public: whether it came through `stx_patch` itself, not through a patched name.
     """
 
-    __slots__ = ("arguments", "keywords", "options", "own_rule", "public", "rule", "strict")
+    __slots__ = (
+        "arguments",
+        "keywords",
+        "options",
+        "own_rule",
+        "progress",
+        "public",
+        "rule",
+        "strict",
+    )
 
     def __init__(self, public: bool, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         own = {name: keywords.pop(name) for name in _OWN_KEYWORDS & keywords.keys()}
@@ -87,6 +98,7 @@ class Request:
             self.options = _options.from_environment(own)
         else:
             self.options = _options.with_keywords(entry.options, own)
+        self.progress = _progress.make_progress(self.options.progress)
         self.rule = _filter.both(None if entry is None else entry.rule, self.own_rule)
 
 
@@ -120,7 +132,7 @@ def open_native(
         assert path is not None
         keywords = {"framework": framework, "device": device, "backend": backend}
         known = {name: keywords[name] for name in keywords if name in _stock.parameters}
-        origin = _origin.Origin(path, (), known)
+        origin = _origin.Origin(path, (), known, request.progress)
         try:
             how = request.options.core
             return _native.core.open(path, rule, origin, how, backend == "pread")
@@ -218,7 +230,7 @@ def open_sharded(
             opened = _stock.safe_open(path, **known)
         return _origin.narrow(opened, rule, path)
 
-    return _sharded.open_files(files, request.rule, open_one)
+    return _sharded.open_files(files, request.rule, open_one, request.progress)
 
 
 def _open_stock(request: Request) -> Any:
@@ -378,6 +390,7 @@ def _public_signature() -> inspect.Signature:
         read_ahead: Any = "auto",
         inflight_bytes: Any = "auto",
         direct_io: str = "auto",
+        progress: Any = False,
     ) -> None: ...
 
     return inspect.signature(signature).replace(return_annotation=inspect.Signature.empty)

@@ -12,10 +12,11 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Union
 
-from . import _filter, _stock
+from . import _filter, _progress, _stock
 from ._index import read_index
 
 _THREADS_MAX = 8
@@ -117,8 +118,13 @@ def _natural(path: str) -> list[tuple[int, int, str]]:
     return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]
 
 
-def open_files(files: Files, rule: _filter.Rule | None, opener: Opener) -> ShardedHandle:
-    """One handle over all files. `opener(path, rule)` opens one of them.
+def open_files(
+    files: Files,
+    rule: _filter.Rule | None,
+    opener: Opener,
+    progress: _progress.Progress | None = None,
+) -> ShardedHandle:
+    """One handle over all files. `opener(path, rule)` opens one of them; `progress` is theirs.
 
     Raises:
         SafetensorError: two files have a tensor of the same name and no index says which one
@@ -142,7 +148,7 @@ def open_files(files: Files, rule: _filter.Rule | None, opener: Opener) -> Shard
         for handle in handles:
             handle.__exit__(None, None, None)
         raise
-    return ShardedHandle(paths, handles, owners, unopened)
+    return ShardedHandle(paths, handles, owners, unopened, progress)
 
 
 def _needed(files: Files, rule: _filter.Rule) -> list[str]:
@@ -193,13 +199,16 @@ def _open_beside(
                 errors[number] = error
                 return
 
+    others = []
     with ThreadPoolExecutor(threads_count - 1) as pool:
-        others = [pool.submit(open_some, number) for number in range(1, threads_count)]
-        try:
-            open_some(0)
-        finally:
-            wait(others)
-            handles.extend(handle for handle in opened if handle is not None)
+        for number in range(1, threads_count):
+            try:
+                others.append(pool.submit(open_some, number))
+            except RuntimeError:  # no thread is to be had
+                open_some(number)
+        open_some(0)
+        wait(others)
+    handles.extend(handle for handle in opened if handle is not None)
     if errors:
         raise errors[min(errors)]
 
@@ -258,11 +267,17 @@ class ShardedHandle:
     of it left out by the filter.
     """
 
-    __slots__ = ("_closed", "_handles", "_owners", "_paths", "_unopened")
+    __slots__ = ("_closed", "_handles", "_owners", "_paths", "_progress", "_unopened")
 
     def __init__(
-        self, paths: list[str], handles: list[Any], owners: dict[str, int], unopened: list[str]
+        self,
+        paths: list[str],
+        handles: list[Any],
+        owners: dict[str, int],
+        unopened: list[str],
+        progress: _progress.Progress | None,
     ) -> None:
+        self._progress = progress
         self._paths = paths
         self._unopened = unopened
         self._handles = handles
@@ -319,9 +334,22 @@ class ShardedHandle:
         """All tensors: a dict in the order of `offset_keys`."""
         self._check_open()
         tensors: dict[str, Any] = {}
-        for handle in self._handles:
-            tensors.update(handle.get_tensors())
+        with self._one_load():
+            for handle in self._handles:
+                tensors.update(handle.get_tensors())
         return tensors
+
+    @contextmanager
+    def _one_load(self) -> Iterator[None]:
+        """What the files report is about one load of all of them."""
+        if self._progress is None:
+            yield
+            return
+        self._progress.expect(self.total_tensor_size)
+        try:
+            yield
+        finally:
+            self._progress.finish()
 
     def tensors(self) -> Iterator[tuple[str, Any]]:
         """Iterate over (name, tensor), each in memory of its own.
@@ -332,6 +360,10 @@ class ShardedHandle:
         return self._stream(list(self._handles))
 
     def _stream(self, handles: list[Any]) -> Iterator[tuple[str, Any]]:
+        with self._one_load():
+            yield from self._stream_each(handles)
+
+    def _stream_each(self, handles: list[Any]) -> Iterator[tuple[str, Any]]:
         begun: Any = None  # the iterator of the next file
         for number, handle in enumerate(handles):
             stream = handle.tensors() if begun is None else begun

@@ -76,9 +76,9 @@ def large(tmp_path_factory):
 
 
 def test_the_options_are_what_is_documented():
-    assert [field.name for field in dataclasses.fields(Options)] == NAMES
-    assert list(_options.NAMES) == NAMES
-    assert set(vars(Options()).values()) == {"auto"} and Options().core == DEFAULT
+    assert [field.name for field in dataclasses.fields(Options)] == [*NAMES, "progress"]
+    assert list(_options.NAMES) == [*NAMES, "progress"]
+    assert set(vars(Options()).values()) == {"auto", False} and Options().core == DEFAULT
 
 
 def test_options_are_values():
@@ -94,7 +94,8 @@ def test_options_are_values():
         assert other == made and hash(other) == hash(made) and other.core == made.core
     assert made != Options() and made.core == (2, 5, MIB, 1)
     assert repr(made) == (
-        "Options(engine='threads', read_ahead=5, inflight_bytes=1048576, direct_io='on')"
+        "Options(engine='threads', read_ahead=5, inflight_bytes=1048576, direct_io='on', "
+        "progress=False)"
     )
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.engine = "uring"

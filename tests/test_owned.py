@@ -682,12 +682,13 @@ def same_error(path):
     assert expected[0] == "error"
     with stx_patch.patched():
         for load in (
-            lambda: stx_patch.safe_open(path, backend="pread"),
-            lambda: stx_patch.load_file(path, backend="pread"),
             lambda: safetensors.safe_open(path, "pt", backend="pread"),
             lambda: safetensors.torch.load_file(path, backend="pread"),
         ):
             assert outcome(load) == expected
+        for load in (stx_patch.safe_open, stx_patch.load_file):
+            if not os.path.isdir(path):  # which is many files, for ours
+                assert outcome(load, path, backend="pread") == expected
     return expected
 
 

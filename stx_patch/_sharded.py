@@ -68,7 +68,7 @@ def find_files(filename: Any) -> Files | None:
         return _of_list(filename)
     try:
         path = os.fspath(filename)
-    except TypeError:
+    except Exception:  # it is asked again where it is a single file, and stock says what is wrong
         return None
     if not isinstance(path, str):
         return None

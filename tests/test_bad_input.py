@@ -125,6 +125,10 @@ PATHS = {
 }
 
 
+# What our own functions take for many files.
+MANY_FILES = {"folder", "folder as text", "link to a folder", "dot", "list"}
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize("name", PATHS)
 def test_paths_as_stock(patched, tmp_path, sample, name):
@@ -136,7 +140,8 @@ def test_paths_as_stock(patched, tmp_path, sample, name):
     expected = outcome(STOCK.load_file, path)
     check_opens(outcome(safetensors.torch.load_file, path), expected)
     check_opens(outcome(safetensors.torch.load_file, filename=path, device="cpu"), expected)
-    check_opens(outcome(stx_patch.load_file, path), expected)
+    if name not in MANY_FILES:
+        check_opens(outcome(stx_patch.load_file, path), expected)
 
 
 def test_a_path_that_is_no_utf8(patched, sample):

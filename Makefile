@@ -74,6 +74,7 @@ bench: ## set up, then measure everything: loads, other loaders, engines, librar
 	@$(VENV)/python benchmarks/bench_load.py $(BENCH_ARGS) || true
 	@$(VENV)/python benchmarks/bench_engines.py
 	@$(VENV)/python benchmarks/bench_consumers.py
+	@$(VENV)/python benchmarks/bench_open.py
 	@$(VENV)/python benchmarks/report.py
 
 bench-accept: ## set up, then measure what has to be reached; fails where it is not

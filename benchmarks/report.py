@@ -174,7 +174,7 @@ def markdown(summary: dict[str, Any]) -> str:
 
 
 def draw_chart(summary: dict[str, Any], target: Path) -> None:
-    """Left: how much faster ours is, case by case. Right: everybody on one cold load."""
+    """How much faster ours is, case by case; beside it everybody on one cold load, if measured."""
     find_peers()
     peer("matplotlib").use("Agg")
     plot = peer("matplotlib.pyplot")
@@ -187,9 +187,15 @@ def draw_chart(summary: dict[str, Any], target: Path) -> None:
                 text = f"{row['group']}: {case_text(row)}"
                 bars.append((text, side["ratio_read"]["median"], side["ratio_read"]["interval"]))
     everybody = next((row for row in summary["rows"] if row["group"] == "peers"), None)
-    figure, (left, right) = plot.subplots(
-        1, 2, figsize=(15, max(3.5, 0.28 * len(bars) + 1)), layout="constrained"
+    panels = 1 if everybody is None else 2
+    figure, axes = plot.subplots(
+        1,
+        panels,
+        figsize=(7.5 * panels, max(3.5, 0.28 * len(bars) + 1)),
+        layout="constrained",
+        squeeze=False,
     )
+    left = axes[0][0]
     places = range(len(bars))
     errors = [[m - i[0] for _, m, i in bars], [i[1] - m for _, m, i in bars]]
     left.barh(places, [m for _, m, _ in bars], xerr=errors, color="#4477aa", height=0.7)
@@ -198,6 +204,7 @@ def draw_chart(summary: dict[str, Any], target: Path) -> None:
     left.invert_yaxis()
     left.set_title("times faster than stock, load and read everything (95 % interval)", fontsize=9)
     if everybody is not None:
+        right = axes[0][1]
         sides = sorted(measured_sides(everybody).items(), key=lambda item: float(item[1]["read_s"]))
         colors = ["#4477aa" if label.startswith("ours") else "#bbbbbb" for label, _ in sides]
         places = range(len(sides))
@@ -205,8 +212,6 @@ def draw_chart(summary: dict[str, Any], target: Path) -> None:
         right.set_yticks(places, [label for label, _ in sides], fontsize=8)
         right.invert_yaxis()
         right.set_title(f"seconds, {case_text(everybody)}", fontsize=9)
-    else:
-        right.set_visible(False)
     figure.savefig(target, dpi=110)
 
 

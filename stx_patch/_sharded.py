@@ -139,8 +139,7 @@ def open_files(
         unopened = [name for name, file in files.index.items() if file in others]
     handles = _open_all(paths, rule, opener)
     try:
-        owners, shadowed = _settle(files, paths, handles)
-        for number, names in shadowed.items():
+        for number, names in _settle(files, paths, handles).items():
             but_these = ("none", (("names", frozenset(names)),))
             handles[number].__exit__(None, None, None)
             handles[number] = opener(paths[number], _filter.both(rule, but_these))
@@ -148,7 +147,7 @@ def open_files(
         for handle in handles:
             handle.__exit__(None, None, None)
         raise
-    return ShardedHandle(paths, handles, owners, unopened, progress)
+    return ShardedHandle(paths, handles, unopened, progress)
 
 
 def _needed(files: Files, rule: _filter.Rule) -> list[str]:
@@ -213,39 +212,38 @@ def _open_beside(
         raise errors[min(errors)]
 
 
-def _settle(
-    files: Files, paths: list[str], handles: list[Any]
-) -> tuple[dict[str, int], dict[int, list[str]]]:
-    """Which file each name is taken from; and file -> names that it has and another one gives."""
-    owners: dict[str, int] = {}
-    clashes: dict[str, list[int]] = {}
-    for number, handle in enumerate(handles):
-        for name in handle.offset_keys():
-            other = owners.setdefault(name, number)
-            if other != number:
-                clashes.setdefault(name, [other]).append(number)
+def _settle(files: Files, paths: list[str], handles: list[Any]) -> dict[int, list[str]]:
+    """File -> names that it has and that count in another one."""
+    claims = [handle.offset_keys() for handle in handles]
+    names: set[str] = set().union(*claims)
+    claims_count = sum(map(len, claims))
     shadowed: dict[int, list[str]] = {}
-    for name, numbers in clashes.items():
+    for name, numbers in _find_clashes(handles).items() if claims_count != len(names) else ():
         chosen = files.path_of(name)
         if chosen not in [paths[number] for number in numbers]:
             first, second = (paths[number] for number in numbers[:2])
             raise _stock.SafetensorError(f"two files have a tensor {name}: {first} and {second}")
         for number in numbers:
-            if paths[number] == chosen:
-                owners[name] = number
-            else:
+            if paths[number] != chosen:
                 shadowed.setdefault(number, []).append(name)
     if files.index is not None:
-        _check_index(files, paths, handles, owners)
-    return owners, shadowed
+        _check_index(files, paths, handles, names)
+    return shadowed
 
 
-def _check_index(
-    files: Files, paths: list[str], handles: list[Any], owners: dict[str, int]
-) -> None:
+def _find_clashes(handles: list[Any]) -> dict[str, list[int]]:
+    """The names that several files have -> which."""
+    claims: dict[str, list[int]] = {}
+    for number, handle in enumerate(handles):
+        for name in handle.offset_keys():
+            claims.setdefault(name, []).append(number)
+    return {name: numbers for name, numbers in claims.items() if len(numbers) > 1}
+
+
+def _check_index(files: Files, paths: list[str], handles: list[Any], names: set[str]) -> None:
     """What an index lists has to be there, unless the filter left it out."""
     assert files.index is not None
-    missing = files.index.keys() - owners.keys()
+    missing = files.index.keys() - names
     if not missing:
         return
     for handle in handles:
@@ -263,8 +261,8 @@ def _check_index(
 class ShardedHandle:
     """Several files behind the methods of one handle, in the order of the files.
 
-    `owners` says which file each kept name is taken from, `unopened` what else an index lists: all
-    of it left out by the filter.
+    No two of them have a name in common. `unopened` is what else an index lists: all of it left out
+    by the filter.
     """
 
     __slots__ = ("_closed", "_handles", "_owners", "_paths", "_progress", "_unopened")
@@ -273,7 +271,6 @@ class ShardedHandle:
         self,
         paths: list[str],
         handles: list[Any],
-        owners: dict[str, int],
         unopened: list[str],
         progress: _progress.Progress | None,
     ) -> None:
@@ -281,7 +278,7 @@ class ShardedHandle:
         self._paths = paths
         self._unopened = unopened
         self._handles = handles
-        self._owners = owners
+        self._owners: dict[str, int] = {}  # name -> number of its file; made when first needed
         self._closed = False
 
     @property
@@ -306,7 +303,7 @@ class ShardedHandle:
     def keys(self) -> list[str]:
         """Names of the tensors of all files, sorted."""
         self._check_open()
-        return sorted(self._owners)
+        return sorted([name for handle in self._handles for name in handle.keys()])  # noqa: SIM118
 
     def offset_keys(self) -> list[str]:
         """Names of the tensors in the order of files and places."""
@@ -399,8 +396,8 @@ class ShardedHandle:
 
     def filename_of(self, name: str) -> str:
         """The path of the file it lies in."""
-        self._of(name)
-        return self._paths[self._owners[name]]
+        path: str = self._of(name).filename_of(name)
+        return path
 
     @property
     def total_tensor_size(self) -> int:
@@ -431,9 +428,14 @@ class ShardedHandle:
         self._check_open()
         if not isinstance(name, str):
             return self._handles[0]
-        number = self._owners.get(name)
-        if number is not None:
-            return self._handles[number]
+        if not self._owners:
+            owners: dict[str, int] = {}
+            for number, handle in enumerate(self._handles):
+                owners.update(dict.fromkeys(handle.offset_keys(), number))
+            self._owners = owners
+        found = self._owners.get(name)
+        if found is not None:
+            return self._handles[found]
         if name in self._unopened:
             raise _stock.SafetensorError(
                 f"File does not contain tensor {name} (left out by tensor_filter)"

@@ -11,8 +11,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from . import _filter, _native, _options, _origin, _sharded, _stock
-from ._safe_open import Request, explain_refusal, fspath, refuse
+from . import _files, _filter, _native, _options, _origin, _stock
+from ._request import Request, explain_refusal, fspath, refuse
 
 _HOW = {
     "nothing": "nothing is kept, nothing is read",
@@ -157,7 +157,7 @@ class Explanation:
 
 
 def explain(
-    filename: _sharded.Source,
+    filename: _files.Source,
     tensor_filter: _filter.TensorFilter = None,
     device: str | int = "cpu",
     *,
@@ -189,7 +189,7 @@ def explain(
     if own:
         raise TypeError(f"explain() got an unexpected keyword argument {next(iter(own))!r}")
     filenames: Any = filename if isinstance(filename, (list, tuple)) else [filename]
-    files = None if isinstance(filename, (list, tuple)) else _sharded.find_files(filename)
+    files = None if isinstance(filename, (list, tuple)) else _files.find_files(filename)
     if files is not None:
         filenames = files.paths
     return Explanation(

@@ -11,8 +11,8 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from . import _filter, _native, _origin, _patch, _sharded, _stats, _stock
-from ._safe_open import (
+from . import _files, _filter, _native, _origin, _patch, _stats, _stock
+from ._request import (
     Request,
     check_result,
     explain_refusal,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def load_file(
-    filename: _sharded.Source,
+    filename: _files.Source,
     device: str | int = "cpu",
     *,
     backend: str = "mmap",

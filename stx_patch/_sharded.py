@@ -9,113 +9,18 @@ order, then what two files both claim is settled. From there on each file is a h
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 from . import _filter, _progress, _stock
-from ._index import read_index
+from ._files import Files
 
 _THREADS_MAX = 8
 _TAIL_BYTES = 64 << 20  # of a file, unread by the consumer, when the next one is begun
 
-Source = Union[str, "os.PathLike[str]", "Sequence[str | os.PathLike[str]]"]
 Opener = Callable[[str, "_filter.Rule | None"], Any]
-
-
-class Files:
-    """Which files a call means, and what an index says about them.
-
-    Attributes:
-        paths: in the order in which they are read.
-        index: tensor name -> path's key in `listed`, or None where there is no index.
-        listed: what an index calls a file -> its path.
-        index_path: the index, or None.
-    """
-
-    __slots__ = ("index", "index_path", "listed", "paths")
-
-    def __init__(
-        self,
-        paths: list[str],
-        index: dict[str, str] | None = None,
-        listed: dict[str, str] | None = None,
-        index_path: str | None = None,
-    ) -> None:
-        self.paths = paths
-        self.listed = listed or {}
-        self.index = index
-        self.index_path = index_path
-
-    def path_of(self, name: str) -> str | None:
-        """Where the index says that a tensor lies; None if it says nothing."""
-        file = None if self.index is None else self.index.get(name)
-        return None if file is None else self.listed[file]
-
-
-def find_files(filename: Any) -> Files | None:
-    """The files of a list, a folder or an index; None for anything else, a single file.
-
-    Raises:
-        FileNotFoundError: a folder without safetensors files.
-        TypeError: a list of something that is no path.
-        ValueError: an empty list, a path twice, a file that is no index, a folder of several.
-    """
-    if isinstance(filename, (list, tuple)):
-        return _of_list(filename)
-    try:
-        path = os.fspath(filename)
-    except Exception:  # it is asked again where it is a single file, and stock says what is wrong
-        return None
-    if not isinstance(path, str):
-        return None
-    if path.endswith(".json"):
-        return _of_index(path)
-    return _of_folder(path) if os.path.isdir(path) else None
-
-
-def _of_list(filenames: Sequence[Any]) -> Files:
-    paths = []
-    for filename in filenames:
-        path = os.fspath(filename)
-        if not isinstance(path, str):
-            raise TypeError(f"a list of files holds paths, not {type(path).__name__}")
-        paths.append(path)
-    if not paths:
-        raise ValueError("an empty list of files")
-    if len(set(paths)) != len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
-        raise ValueError(f"{twice} is twice in a list of files")
-    return Files(paths)
-
-
-def _of_index(path: str) -> Files:
-    folder = os.path.dirname(path)
-    index = read_index(path)
-    listed = {file: os.path.join(folder, file) for file in set(index.values())}
-    return Files(sorted(listed.values(), key=_natural), index, listed, path)
-
-
-def _of_folder(path: str) -> Files:
-    indexes = sorted(Path(path).glob("*.safetensors.index.json"))
-    usual = [index for index in indexes if index.name == "model.safetensors.index.json"]
-    if usual or len(indexes) == 1:
-        return _of_index(str((usual or indexes)[0]))
-    if indexes:
-        raise ValueError(f"{path} holds several indexes: give the path of one of them")
-    paths = [str(file) for file in Path(path).glob("*.safetensors")]
-    if not paths:
-        raise FileNotFoundError(f"No such file or directory: {os.path.join(path, '*.safetensors')}")
-    return Files(sorted(paths, key=_natural))
-
-
-def _natural(path: str) -> list[tuple[int, int, str]]:
-    """Numbers by value, so that 2 comes before 10."""
-    parts = re.split(r"([0-9]+)", path)
-    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]
 
 
 def open_files(

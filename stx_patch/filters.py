@@ -211,7 +211,7 @@ def from_index(path: str | os.PathLike[str]) -> indexed:
 
     Raises OSError if it cannot be read, ValueError if it is no such index.
     """
-    from ._index import read_index
+    from ._files import read_index
 
     return indexed(read_index(path))
 

@@ -59,12 +59,13 @@ static size_t find(const struct stx_header_key *key) {
     return ENTRIES_MAX;
 }
 
-/* Take an entry out of the list; the caller releases it without the lock. */
-static struct stx_shared_header *take_out(size_t index) {
+/* With the lock held; releasing takes none. */
+static void forget(size_t index) {
     struct stx_shared_header *const entry = cache.entries[index];
     cache.entries[index] = cache.entries[--cache.entries_count];
+    cache.entries[cache.entries_count] = NULL;
     cache.texts_bytes -= entry->json_bytes;
-    return entry;
+    stx_shared_header_release(entry);
 }
 
 static size_t find_oldest(void) {
@@ -105,17 +106,14 @@ static struct stx_shared_header *look_up(const struct stx_header_key *key, const
 
 /* Put a new table into the list, with its text, if the file was opened before. */
 static void remember(struct stx_shared_header *shared, char **text) {
-    struct stx_shared_header *gone[ENTRIES_MAX];
-    size_t gone_count = 0;
-    (void)pthread_once(&cache.once, prepare);
     if (!cache.is_fork_safe || shared->json_bytes > TEXT_BYTES_MAX) return;
     lock_cache();
     const size_t before = find(&shared->key);
-    if (before != ENTRIES_MAX) gone[gone_count++] = take_out(before);
+    if (before != ENTRIES_MAX) forget(before);
     if (was_seen(&shared->key)) {
         while (cache.entries_count == ENTRIES_MAX ||
                cache.texts_bytes + shared->json_bytes > TEXTS_BYTES_MAX)
-            gone[gone_count++] = take_out(find_oldest());
+            forget(find_oldest());
         char *const shrunk = realloc(*text, (size_t)(STX_HEADER_PREFIX_BYTES + shared->json_bytes));
         shared->text = shrunk != NULL ? shrunk : *text;
         *text = NULL;
@@ -126,13 +124,13 @@ static void remember(struct stx_shared_header *shared, char **text) {
         cache.entries[cache.entries_count++] = shared;
     }
     unlock_cache();
-    while (gone_count != 0) stx_shared_header_release(gone[--gone_count]);
 }
 
 enum stx_status stx_header_cache_get(struct stx_shared_header **shared, bool *reused,
                                      const struct stx_header_key *key, char **text,
                                      uint64_t json_bytes, struct stx_err *err) {
-    struct stx_shared_header *made = look_up(key, *text, json_bytes);
+    (void)pthread_once(&cache.once, prepare);
+    struct stx_shared_header *made = cache.is_fork_safe ? look_up(key, *text, json_bytes) : NULL;
     *reused = made != NULL;
     if (made != NULL) {
         *shared = made;

@@ -248,8 +248,14 @@ static int evaluate(const struct rule *rule, struct subject *subject) {
         case OP_CALL:
             break;
     }
-    subject->asked_python = true;
     return call_filter(subject, rule->py_operand);
+}
+
+static bool has_callable(const struct rule *rule) {
+    if (rule->operation == OP_CALL) return true;
+    for (size_t i = 0; rule->children != NULL && i < rule->count; i++)
+        if (has_callable(&rule->children[i])) return true;
+    return false;
 }
 
 static int load_tensor_key(struct stx_py_state *state) {
@@ -275,7 +281,7 @@ int stx_py_filter_run(struct stx_py_state *state, PyObject *py_rule, PyObject *p
         if (decision < 0) goto out;
         keep[i] = (uint8_t)decision;
     }
-    if (asked_python != NULL) *asked_python = subject.asked_python;
+    if (asked_python != NULL) *asked_python = subject.asked_python || has_callable(&rule);
     result = 0;
 out:
     free_rule(&rule);

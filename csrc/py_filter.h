@@ -13,8 +13,8 @@
 
 /* Set keep[i] to 1 or 0 for every tensor of the header behind `names`. `py_rule` is a rule as
  * stx_patch._filter makes it; `py_filename` becomes TensorKey.filename. 0, or -1 with an exception:
- * what a user's callable raised comes out as the same object. `*asked_python`: whether more
- * than the header was looked at (a callable, the path), so that the same rule may decide otherwise
+ * what a user's callable raised comes out as the same object. `*asked_python`: whether the
+ * rule looks at more than the header (a callable, the path), so that it may decide otherwise
  * another time; NULL if nobody wants to know. */
 int stx_py_filter_run(struct stx_py_state *state, PyObject *py_rule, PyObject *py_filename,
                       struct stx_py_names *names, uint8_t *keep, bool *asked_python);

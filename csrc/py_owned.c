@@ -106,6 +106,7 @@ PyObject *stx_py_owned_raise(struct stx_py_handle *self, const struct stx_file *
 }
 
 int stx_py_owned_report(const struct stx_py_handle *self, uint64_t done_bytes) {
+    if (self->py_origin == NULL) return 0; /* a cycle is being collected */
     PyObject *py_progress = PyObject_GetAttrString(self->py_origin, "progress");
     if (py_progress == NULL) return -1;
     PyObject *py_done =
@@ -118,16 +119,21 @@ int stx_py_owned_report(const struct stx_py_handle *self, uint64_t done_bytes) {
     return py_done == NULL ? -1 : 0;
 }
 
-void stx_py_owned_stop_report(const struct stx_py_handle *self) {
+int stx_py_owned_stop_report(const struct stx_py_handle *self) {
+    if (self->py_origin == NULL) return 0;
+    PyObject *py_progress = PyObject_GetAttrString(self->py_origin, "progress");
+    if (py_progress == NULL) return -1;
+    PyObject *py_done = py_progress == Py_None ? Py_NewRef(Py_None)
+                                               : PyObject_CallMethod(py_progress, "stop", NULL);
+    Py_DECREF(py_progress);
+    Py_XDECREF(py_done);
+    return py_done == NULL ? -1 : 0;
+}
+
+void stx_py_owned_drop_report(const struct stx_py_handle *self) {
     PyObject *py_type, *py_value, *py_traceback;
     PyErr_Fetch(&py_type, &py_value, &py_traceback);
-    PyObject *py_progress = PyObject_GetAttrString(self->py_origin, "progress");
-    PyObject *py_done = NULL;
-    if (py_progress != NULL && py_progress != Py_None)
-        py_done = PyObject_CallMethod(py_progress, "stop", NULL);
-    if (PyErr_Occurred()) PyErr_WriteUnraisable(self->py_origin);
-    Py_XDECREF(py_done);
-    Py_XDECREF(py_progress);
+    if (stx_py_owned_stop_report(self) != 0) PyErr_WriteUnraisable(self->py_origin);
     PyErr_Restore(py_type, py_value, py_traceback);
 }
 
@@ -219,12 +225,14 @@ static struct stx_arena *run_plan(struct stx_py_handle *self, const struct stx_p
     struct stx_err err = {.status = STX_OK};
     uint64_t failed_offset_bytes = 0;
     if (read_plan(self, plan, is_all, &arena, &failed_offset_bytes, &err) == 0) {
-        if (!is_all || stx_py_owned_report(self, self->kept_bytes) == 0) return arena;
+        if (!is_all || (stx_py_owned_report(self, self->kept_bytes) == 0 &&
+                        stx_py_owned_stop_report(self) == 0))
+            return arena;
         stx_arena_release(arena);
     }
-    if (is_all) stx_py_owned_stop_report(self);
     if (!PyErr_Occurred())
         (void)stx_py_owned_raise(self, &self->file->file, first, failed_offset_bytes, &err);
+    if (is_all) stx_py_owned_drop_report(self);
     return NULL;
 }
 

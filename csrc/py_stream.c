@@ -103,7 +103,6 @@ static void end(struct iterator *self) {
     stx_arena_release(self->piece.arena);
     self->piece = (struct stx_stream_piece){.arena = NULL};
     if (stream == NULL) return;
-    stx_py_owned_stop_report(self->handle);
     if (self->pid != getpid()) {
         stx_stream_abandon(stream);
         return;
@@ -152,6 +151,7 @@ static void iterator_dealloc(PyObject *py_self) {
     struct iterator *self = (struct iterator *)py_self;
     PyTypeObject *type = Py_TYPE(py_self);
     PyObject_GC_UnTrack(py_self);
+    if (!self->ended) stx_py_owned_drop_report(self->handle);
     end(self);
     stx_py_handle_leave(self->handle);
     Py_DECREF((PyObject *)self->handle);
@@ -177,6 +177,8 @@ static int fetch(struct iterator *self) {
             stx_stream_next(self->stream, 100, &self->piece, &ready, &failed_offset_bytes, &err);
         Py_END_ALLOW_THREADS;
         if (PyErr_CheckSignals() != 0) return -1;
+        if (status == STX_OK && !ready && stx_py_owned_report(self->handle, self->done_bytes) != 0)
+            return -1;
     }
     self->handle->state->counters.read_ns += stx_py_clock_ns() - start_ns;
     if (status != STX_OK) {
@@ -245,6 +247,10 @@ static PyObject *iterator_next(PyObject *py_self) {
         PyErr_Fetch(&py_type, &py_value, &py_traceback);
         end(self);
         PyErr_Restore(py_type, py_value, py_traceback);
+        if (PyErr_Occurred())
+            stx_py_owned_drop_report(self->handle);
+        else
+            (void)stx_py_owned_stop_report(self->handle);
     }
     return py_pair;
 }
@@ -256,7 +262,9 @@ static PyObject *iterator_close(PyObject *py_self, PyObject *py_unused) {
         PyErr_SetString(PyExc_ValueError, "tensors() is being advanced by another thread");
         return NULL;
     }
+    const bool was_open = !self->ended;
     end(self);
+    if (was_open && stx_py_owned_stop_report(self->handle) != 0) return NULL;
     return Py_NewRef(Py_None);
 }
 

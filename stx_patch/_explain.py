@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from . import _files, _filter, _native, _options, _origin, _stock
+from . import _files, _filter, _native, _options, _origin, _sharded, _stock
 from ._request import Request, explain_refusal, fspath, refuse
 
 _HOW = {
@@ -191,7 +191,7 @@ def explain(
     filenames: Any = filename if isinstance(filename, (list, tuple)) else [filename]
     files = None if isinstance(filename, (list, tuple)) else _files.find_files(filename)
     if files is not None:
-        filenames = files.paths
+        filenames = _sharded.choose_paths(files, request.rule)
     return Explanation(
         tuple(_explain_file(request, one, framework, device, backend) for one in filenames)
     )

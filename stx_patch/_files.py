@@ -82,6 +82,8 @@ def _of_list(filenames: Sequence[Any]) -> Files:
 def _of_index(path: str) -> Files:
     folder = os.path.dirname(path)
     index = read_index(path)
+    if not index:
+        raise ValueError(f"{path} lists no tensors")
     listed = {file: os.path.join(folder, file) for file in set(index.values())}
     return Files(sorted(listed.values(), key=_natural), index, listed, path)
 
@@ -93,7 +95,8 @@ def _of_folder(path: str) -> Files:
         return _of_index(str((usual or indexes)[0]))
     if indexes:
         raise ValueError(f"{path} holds several indexes: give the path of one of them")
-    paths = [str(file) for file in Path(path).glob("*.safetensors")]
+    found = Path(path).glob("*.safetensors")
+    paths = [str(file) for file in found if not file.name.startswith(".")]
     if not paths:
         raise FileNotFoundError(f"No such file or directory: {os.path.join(path, '*.safetensors')}")
     return Files(sorted(paths, key=_natural))

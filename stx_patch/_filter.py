@@ -9,6 +9,7 @@ a file. Both give the same answers.
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, Union
 
@@ -100,10 +101,10 @@ def make_keys_rule(include_keys: Iterable[str]) -> Rule:
 
 
 def asks_python(rule: Rule) -> bool:
-    """Whether a callable is part of `rule`."""
+    """Whether a callable is part of `rule` that may look at more than the name: no regex."""
     if rule[0] in ("all", "any", "none"):
         return any(asks_python(child) for child in rule[1])
-    return bool(rule[0] == "call")
+    return rule[0] == "call" and not isinstance(getattr(rule[1], "__self__", None), re.Pattern)
 
 
 def both(first: Rule | None, second: Rule | None) -> Rule | None:

@@ -46,7 +46,7 @@ class Origin:
         path: str,
         arguments: tuple[Any, ...],
         keywords: dict[str, Any],
-        progress: _progress.Progress | None = None,
+        progress: _progress.Part | None = None,
     ) -> None:
         self._filename = path
         self._path = _absolute(path)  # somebody may change the directory

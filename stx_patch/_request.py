@@ -100,7 +100,8 @@ def open_native(
         assert path is not None
         keywords = {"framework": framework, "device": device, "backend": backend}
         known = {name: keywords[name] for name in keywords if name in _stock.parameters}
-        origin = _origin.Origin(path, (), known, request.progress)
+        part = None if request.progress is None else request.progress.part()
+        origin = _origin.Origin(path, (), known, part)
         try:
             how = request.options.core
             return _native.core.open(path, rule, origin, how, backend == "pread")

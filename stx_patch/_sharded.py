@@ -36,18 +36,17 @@ def open_files(
             counts; an index lists a tensor that its files do not contain.
         OSError, SafetensorError: what opening a file raises. Nothing stays open.
     """
-    paths, unopened = files.paths, []
-    if files.index is not None and rule is not None and not _filter.asks_python(rule):
-        paths = _needed(files, rule)
+    paths, unopened = choose_paths(files, rule), list[str]()
+    if files.index is not None and len(paths) != len(files.paths):
         opened = set(paths)
         others = {file for file, path in files.listed.items() if path not in opened}
         unopened = [name for name, file in files.index.items() if file in others]
     handles = _open_all(paths, rule, opener)
     try:
         for number, names in _settle(files, paths, handles).items():
-            but_these = ("none", (("names", frozenset(names)),))
+            rest = frozenset(handles[number].offset_keys()).difference(names)
             handles[number].__exit__(None, None, None)
-            handles[number] = opener(paths[number], _filter.both(rule, but_these))
+            handles[number] = opener(paths[number], ("names", rest))  # nobody is asked again
     except BaseException:
         for handle in handles:
             handle.__exit__(None, None, None)
@@ -55,15 +54,18 @@ def open_files(
     return ShardedHandle(paths, handles, unopened, progress)
 
 
-def _needed(files: Files, rule: _filter.Rule) -> list[str]:
-    """The files in which the index has something that is kept: the others need not be there."""
-    assert files.index is not None
+def choose_paths(files: Files, rule: _filter.Rule | None) -> list[str]:
+    """The files to open: under an index and a filter that the names alone decide, those in which
+    the index has something that is kept. The others need not be there. At least one."""
+    if files.index is None or rule is None or _filter.asks_python(rule):
+        return files.paths
     needed = {
         files.listed[file]
         for name, file in files.index.items()
-        if _filter.matches(rule, _filter.TensorKey(name, "", (), 0, None))
+        if _filter.matches(rule, _filter.TensorKey(name, "", (), 0, files.listed[file]))
     }
-    return [path for path in files.paths if path in needed] or files.paths[:1]
+    there = (path for path in files.paths if os.path.exists(path))
+    return [path for path in files.paths if path in needed] or [next(there, files.paths[0])]
 
 
 def _open_all(paths: list[str], rule: _filter.Rule | None, opener: Opener) -> list[Any]:
@@ -97,6 +99,8 @@ def _open_beside(
 
     def open_some(first: int) -> None:
         for number in range(first, len(paths), threads_count):
+            if any(not isinstance(error, Exception) for error in errors.values()):
+                return  # Ctrl-C
             try:
                 opened[number] = opener(paths[number], rule)
             except BaseException as error:  # the first file's is raised by the caller
@@ -113,6 +117,9 @@ def _open_beside(
         open_some(0)
         wait(others)
     handles.extend(handle for handle in opened if handle is not None)
+    for error in errors.values():
+        if not isinstance(error, Exception):
+            raise error
     if errors:
         raise errors[min(errors)]
 
@@ -132,7 +139,7 @@ def _settle(files: Files, paths: list[str], handles: list[Any]) -> dict[int, lis
             if paths[number] != chosen:
                 shadowed.setdefault(number, []).append(name)
     if files.index is not None:
-        _check_index(files, paths, handles, names)
+        _check_index(files, paths, handles)
     return shadowed
 
 
@@ -145,21 +152,18 @@ def _find_clashes(handles: list[Any]) -> dict[str, list[int]]:
     return {name: numbers for name, numbers in claims.items() if len(numbers) > 1}
 
 
-def _check_index(files: Files, paths: list[str], handles: list[Any], names: set[str]) -> None:
-    """What an index lists has to be there, unless the filter left it out."""
+def _check_index(files: Files, paths: list[str], handles: list[Any]) -> None:
+    """What an index lists has to be in the file where it lists it, kept or not."""
     assert files.index is not None
-    missing = files.index.keys() - names
-    if not missing:
-        return
-    for handle in handles:
-        if handle._skipped_count:
-            missing -= set(handle._all_names())
-    opened = set(paths)
-    for name in sorted(missing):
-        path = files.path_of(name)
-        if path in opened:
+    listed: dict[str, set[str]] = {}
+    for name, file in files.index.items():
+        listed.setdefault(files.listed[file], set()).add(name)
+    for path, handle in zip(paths, handles, strict=True):
+        missing = listed.get(path, set()).difference(handle._all_names())
+        if missing:
             raise _stock.SafetensorError(
-                f"{files.index_path} lists tensor {name} in {path}, which does not contain it"
+                f"{files.index_path} lists tensor {min(missing)} in {path}, which does not contain "
+                "it"
             )
 
 
@@ -180,6 +184,8 @@ class ShardedHandle:
         progress: _progress.Progress | None,
     ) -> None:
         self._progress = progress
+        if progress is not None:
+            progress.total_bytes = sum(handle.total_tensor_size for handle in handles)
         self._paths = paths
         self._unopened = unopened
         self._handles = handles
@@ -247,9 +253,9 @@ class ShardedHandle:
         if self._progress is None:
             yield
             return
-        self._progress.expect(self.total_tensor_size)
         try:
             yield
+            self._progress.complete()
         finally:
             self._progress.finish()
 

@@ -197,6 +197,8 @@ class indexed(Filter):
     __slots__ = ()
 
     def __init__(self, weight_map: Mapping[str, str]) -> None:
+        if not isinstance(weight_map, Mapping):
+            raise TypeError("indexed() takes a mapping of names to files")
         names = _all_str(weight_map)
         files = _all_str(weight_map.values())
         super().__init__({n: f.rpartition("/")[2] for n, f in zip(names, files, strict=True)})

@@ -444,6 +444,12 @@ def test_experts_takes_integers(ids):
         filters.experts(ids)
 
 
+@pytest.mark.parametrize("weight_map", [["a"], "a", {"a": 1}, {1: "a"}, None])
+def test_indexed_takes_a_mapping(weight_map):
+    with pytest.raises(TypeError):
+        filters.indexed(weight_map)
+
+
 @pytest.mark.parametrize("number", [-1, 2**64 - 1])
 def test_no_number_of_an_expert(number):
     with pytest.raises(ValueError, match="no number of an expert"):

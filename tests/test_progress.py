@@ -1,9 +1,11 @@
 """Proves: progress is shown where a load waits, of all files of a load as one, and never otherwise;
 what a callback raises ends the load cleanly."""
 
+import gc
 import io
 import os
 import sys
+import time
 
 import pytest
 import safetensors.torch
@@ -65,9 +67,71 @@ def test_a_stream_tells_what_it_has_handed_out(large, backend):
         assert calls[-1][0] <= taken_bytes
         taken_bytes += tensor.nbytes
     check_calls(calls, 60 * MIB)
-    assert len(calls) > 4
     list(handle.tensors())
     assert calls[-1] == (60 * MIB, 60 * MIB)
+
+
+def test_a_slow_stream_tells_where_it_is(large):
+    calls = []
+    handle = ours(large, inflight_bytes="1MiB", progress=record(calls))
+    for _pair in handle.tensors():
+        time.sleep(0.06)
+    check_calls(calls, 60 * MIB)
+    assert len(calls) >= 5
+
+
+def test_a_fast_one_is_not_held_up_by_telling(large):
+    calls = []
+    start = time.monotonic()
+    for _pair in ours(large, inflight_bytes=4096, progress=record(calls)).tensors():
+        pass
+    assert len(calls) <= 3 + (time.monotonic() - start) * 20
+
+
+def test_two_streams_of_the_same_files(shards):
+    calls = []
+    handle = stx_patch.safe_open(shards, progress=record(calls))
+    streams = [handle.tensors(), handle.tensors()]
+    for _ in range(9):
+        for stream in streams:
+            next(stream)
+    assert [list(stream) for stream in streams] == [[], []]
+    assert {total for _, total in calls} == {45 * MIB}
+
+
+def test_stop_iteration_does_not_end_a_stream_in_silence(large, shards):
+    def refuse(done_bytes, total_bytes):
+        raise StopIteration
+
+    for source in (large, shards):
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            list(stx_patch.safe_open(source, progress=refuse).tensors())
+
+
+def test_a_collection_in_the_middle_of_a_bar(large, bars, monkeypatch):
+    """It may end another iteration over the same files."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    handle = ours(large, progress=True, inflight_bytes="1MiB")
+    other = handle.tensors()
+    next(other)
+
+    class Closing:
+        def __del__(self):
+            other.close()
+
+    cycle = [Closing()]
+    cycle.append(cycle)
+    del cycle
+    import tqdm.auto
+
+    update = tqdm.auto.tqdm.update
+
+    def collecting(self, n=1):
+        gc.collect()
+        return update(self, n)
+
+    monkeypatch.setattr(tqdm.auto.tqdm, "update", collecting)
+    assert len(list(handle.tensors())) == 6
 
 
 def test_only_what_is_kept_counts(large):

@@ -310,7 +310,75 @@ def test_an_index_that_lists_what_is_not_there(model):
         stx_patch.safe_open(index, tensor_filter=lambda key: True)
 
 
+@pytest.mark.parametrize("keep", [None, lambda key: True, {"p", "q"}, "*"])
+def test_an_index_that_confuses_its_files(tmp_path, keep):
+    for name, file in (("p", "b"), ("q", "a")):
+        tensors = {name: torch.zeros(2)}
+        safetensors.torch.save_file(tensors, tmp_path / f"{file}.safetensors")
+    index = {"weight_map": {"p": "a.safetensors", "q": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(safetensors.SafetensorError, match=r"lists tensor p in .*a.safetensors"):
+        stx_patch.safe_open(tmp_path, tensor_filter=keep)
+
+
+def test_a_callable_is_asked_once_about_names_that_two_files_claim(tmp_path):
+    duplicate(None, tmp_path)
+    weight_map = {f"own.{number}": f"extra-{number}.safetensors" for number in range(3)}
+    weight_map["shared"] = "extra-1.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    asked = []
+
+    def first_five(key):
+        asked.append(str(key))
+        return len(asked) <= 5
+
+    handle = stx_patch.safe_open(tmp_path, tensor_filter=first_five)
+    assert len(asked) == 6
+    assert len(handle.keys()) + 1 + (asked[:5].count("shared") - 1) == 5 + 1
+
+
+def test_filters_that_look_at_the_file_under_an_index(tmp_path):
+    """The same as over a list of the files."""
+    paths = []
+    for file, names in (("1", ("x", "stale")), ("2", ("y", "z"))):
+        paths.append(str(tmp_path / f"{file}.safetensors"))
+        safetensors.torch.save_file({name: torch.zeros(2) for name in names}, paths[-1])
+    weight_map = {"x": "1.safetensors", "stale": "1.safetensors"}
+    weight_map |= {"y": "2.safetensors", "z": "2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    other = filters.indexed({"y": "1.safetensors", "z": "2.safetensors"})
+    for keep in (filters.none_of(other), other, filters.regex("^[xy]$")):
+        expected = stx_patch.safe_open(paths, tensor_filter=keep).keys()
+        assert stx_patch.safe_open(tmp_path, tensor_filter=keep).keys() == expected
+
+
+def test_a_regex_needs_no_more_files_than_a_glob(model):
+    os.unlink(model[1])
+    for keep in (filters.regex(r"layers\.2\."), "model.layers.2.*"):
+        handle = stx_patch.safe_open(as_folder(model), tensor_filter=keep)
+        assert len(handle.keys()) == 4
+        told = stx_patch.explain(as_folder(model), tensor_filter=keep)
+        assert [file.filename for file in told.files] == [model[2]]
+
+
+def test_nothing_kept_needs_one_file_that_is_there(model):
+    os.unlink(model[0])
+    with pytest.warns(stx_patch.StxFilterWarning):
+        assert stx_patch.load_file(as_folder(model), tensor_filter="nothing") == {}
+
+
 # --- what is refused ---
+
+
+def test_ctrl_c_while_files_are_opened(model, monkeypatch):
+    """It comes before what a file's opening raises."""
+    from stx_patch import _files, _sharded
+
+    def opener(path, rule):
+        raise KeyboardInterrupt if path == model[1] else FileNotFoundError(path)
+
+    with pytest.raises(KeyboardInterrupt):
+        _sharded.open_files(_files.find_files(model), None, opener)
 
 
 def test_what_is_no_set_of_files(tmp_path):
@@ -321,11 +389,20 @@ def test_what_is_no_set_of_files(tmp_path):
         stx_patch.safe_open([])
     with pytest.raises(TypeError):
         stx_patch.safe_open([1])
+    (tmp_path / "none.json").write_text('{"weight_map": {}}')
+    with pytest.raises(ValueError, match="lists no tensors"):
+        stx_patch.safe_open(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match="is no index"):
         stx_patch.load_file(tmp_path / "bad.json")
     with pytest.raises(FileNotFoundError):
         stx_patch.load_file(tmp_path / "missing.json")
+
+
+def test_hidden_files_of_a_folder_are_left_alone(model):
+    folder = as_folder_without_index(model)
+    Path(folder, "._model.safetensors").write_bytes(b"of another system")
+    assert len(stx_patch.safe_open(folder).keys()) == 12
 
 
 def test_a_path_twice(model):

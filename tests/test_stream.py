@@ -540,6 +540,28 @@ def test_abandoned_in_a_cycle(wide, warm_engines, backend):
         gc.enable()
 
 
+def test_abandoned_in_a_cycle_of_its_own_error(mixed):
+    """The handle is cleared before its iterator is gone."""
+    run_python(
+        """
+        import gc, sys
+        import stx_patch
+        def work():
+            handle = stx_patch.safe_open(sys.argv[1])
+            iterator = handle.tensors()
+            next(iterator)
+            try:
+                raise ValueError
+            except ValueError as error:
+                kept = error
+        for _ in range(20):
+            work()
+            gc.collect()
+        """,
+        mixed,
+    )
+
+
 @both
 def test_abandoned_in_a_cycle_through_a_filter(wide, warm_engines, backend):
     """What the handle refers to may refer to the stream."""

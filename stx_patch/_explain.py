@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from . import _files, _filter, _native, _options, _origin, _sharded, _stock
-from ._request import Request, explain_refusal, fspath, refuse
+from ._request import Request, explain_refusal, fspath, refuse, stock_keywords
 
 _HOW = {
     "nothing": "nothing is kept, nothing is read",
@@ -262,10 +262,8 @@ def _by_stock(
     request: Request, filename: Any, framework: Any, device: Any, backend: Any, reason: str
 ) -> FileExplanation:
     """The same of a file that stock would serve, or stock's error for it."""
-    keywords = {"framework": framework, "device": device, "backend": backend}
-    known = {name: keywords[name] for name in keywords if name in _stock.parameters}
     with _stock.bypass():
-        handle = _stock.safe_open(filename, **known)
+        handle = _stock.safe_open(filename, **stock_keywords(framework, device, backend))
     path = fspath(filename)
     with handle:
         names = handle.keys()

@@ -98,8 +98,7 @@ def open_native(
     reason = refuse(request.keywords, path, framework, device, backend)
     if reason is None:
         assert path is not None
-        keywords = {"framework": framework, "device": device, "backend": backend}
-        known = {name: keywords[name] for name in keywords if name in _stock.parameters}
+        known = stock_keywords(framework, device, backend)
         part = None if request.progress is None else request.progress.part()
         origin = _origin.Origin(path, (), known, part)
         try:
@@ -109,6 +108,12 @@ def open_native(
             reason = explain_refusal(path, refusal)
     _stats.count_fallback(reason)
     return None
+
+
+def stock_keywords(framework: Any, device: Any, backend: Any) -> dict[str, Any]:
+    """Stock's keywords for these values, without what an older safetensors does not know."""
+    keywords = {"framework": framework, "device": device, "backend": backend}
+    return {name: value for name, value in keywords.items() if name in _stock.parameters}
 
 
 def fspath(filename: Any) -> str | None:
@@ -165,10 +170,8 @@ def open_sharded(
         handle = open_native(request, rule, path, framework, device, backend)
         if handle is not None:
             return handle
-        keywords = {"framework": framework, "device": device, "backend": backend}
-        known = {name: value for name, value in keywords.items() if name in _stock.parameters}
         with _stock.bypass():
-            opened = _stock.safe_open(path, **known)
+            opened = _stock.safe_open(path, **stock_keywords(framework, device, backend))
         return _origin.narrow(opened, rule, path)
 
     return _sharded.open_files(files, request.rule, open_one, request.progress)

@@ -73,13 +73,15 @@ def _open_all(paths: list[str], rule: _filter.Rule | None, opener: Opener) -> li
 
     Several at once, but for a callable filter: that is asked in file order, by one thread.
     """
+    is_asked = rule is not None and _filter.asks_python(rule)
+    threads_count = 1 if is_asked else min(_THREADS_MAX, len(paths), len(os.sched_getaffinity(0)))
     handles: list[Any] = []
     try:
-        if rule is not None and _filter.asks_python(rule):
+        if threads_count == 1:
             for path in paths:
                 handles.append(opener(path, rule))
         else:
-            _open_beside(paths, rule, opener, handles)
+            _open_beside(paths, rule, opener, threads_count, handles)
     except BaseException:
         for handle in handles:
             handle.__exit__(None, None, None)
@@ -88,12 +90,12 @@ def _open_all(paths: list[str], rule: _filter.Rule | None, opener: Opener) -> li
 
 
 def _open_beside(
-    paths: list[str], rule: _filter.Rule | None, opener: Opener, handles: list[Any]
+    paths: list[str],
+    rule: _filter.Rule | None,
+    opener: Opener,
+    threads_count: int,
+    handles: list[Any],
 ) -> None:
-    threads_count = min(_THREADS_MAX, len(paths), len(os.sched_getaffinity(0)))
-    if threads_count < 2:
-        handles.extend(opener(path, rule) for path in paths)
-        return
     opened: list[Any] = [None] * len(paths)
     errors: dict[int, BaseException] = {}
 

@@ -48,3 +48,17 @@ def pytest_runtest_makereport(item, call):
         if not any(allowed in reason for allowed in _allowed_skips()):
             report.outcome = "failed"
             report.longrepr = f"{item.nodeid}: this skip is not allowed: {reason}"
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Stock can open nothing, and torch map nothing."""
+    import torch
+
+    from stx_patch import _stock
+
+    def refuse(*arguments, **keywords):
+        raise AssertionError("stock was asked")
+
+    monkeypatch.setattr(_stock, "safe_open", refuse)
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", refuse)

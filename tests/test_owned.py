@@ -30,7 +30,6 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import stx_patch
-from stx_patch import _stock
 
 KIB, MIB = 1 << 10, 1 << 20
 PAGE_BYTES = resource.getpagesize()
@@ -74,17 +73,6 @@ def stocks(path):
 
 def all_facts(tensors):
     return {name: facts(tensor) for name, tensor in tensors.items()}
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Stock can open nothing, and torch map nothing."""
-
-    def refuse(*arguments, **keywords):
-        raise AssertionError("stock was asked")
-
-    monkeypatch.setattr(_stock, "safe_open", refuse)
-    monkeypatch.setattr(torch.UntypedStorage, "from_file", refuse)
 
 
 @pytest.fixture(scope="module")

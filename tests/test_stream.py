@@ -24,11 +24,11 @@ from patch_helpers import (
     run_python,
 )
 from test_owned import as_bytes, write
+from test_threads import run_threads
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import stx_patch
-from stx_patch import _stock
 
 KIB, MIB = 1 << 10, 1 << 20
 SHAPES = [(), (0,), (3, 0, 2), (1,), (8,), (2, 3, 4), (5, 1, 8), (1, 1, 2), (16, 8)]
@@ -88,17 +88,6 @@ def is_back_to(before):
 def memory(name="RssAnon"):
     (line,) = [li for li in Path("/proc/self/status").read_text().splitlines() if name + ":" in li]
     return int(line.split()[1]) * KIB
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Stock can open nothing, and torch map nothing."""
-
-    def refuse(*arguments, **keywords):
-        raise AssertionError("stock was asked")
-
-    monkeypatch.setattr(_stock, "safe_open", refuse)
-    monkeypatch.setattr(torch.UntypedStorage, "from_file", refuse)
 
 
 @pytest.fixture(scope="module")
@@ -636,23 +625,6 @@ def test_continued_on_other_threads(mixed, mixed_pairs, backend):
     assert found == mixed_pairs and list(stream) == []
 
 
-def run_threads(work, count=2):
-    failures = []
-
-    def guarded(number):
-        try:
-            work(number)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
-
-
 @both
 @pytest.mark.parametrize("interval", [1e-6, 0.005])
 def test_advanced_by_several_at_once(mixed, mixed_pairs, backend, interval):
@@ -674,7 +646,7 @@ def test_advanced_by_several_at_once(mixed, mixed_pairs, backend, interval):
                         assert str(error) == "tensors() is being advanced by another thread"
                         told.append(number)
 
-            run_threads(work, 3)
+            run_threads(3, work)
             assert sorted(name for name, _ in taken) == sorted(expected)
             for name, tensor in taken[:: 1 + len(taken) // 20]:
                 assert facts(tensor) == expected[name]
@@ -700,7 +672,7 @@ def test_closing_while_another_advances(wide):
                     stream.close()
                     return
 
-        run_threads(lambda number, a=advance, c=close: (a, c)[number](number))
+        run_threads(2, lambda number, a=advance, c=close: (a, c)[number](number))
 
 
 @both
@@ -714,7 +686,7 @@ def test_streams_beside_each_other(mixed, mixed_pairs, backend):
     def work(_number):
         assert pairs_of(handle.tensors()) == mixed_pairs
 
-    run_threads(work, 4)
+    run_threads(4, work)
 
 
 # --- the handle and the file ---
@@ -751,7 +723,7 @@ def test_a_handle_closed_by_another_thread(wide, backend):
             time.sleep(delay)
             handle.__exit__(None, None, None)
 
-        run_threads(lambda number, r=read, c=close: (r, c)[number]())
+        run_threads(2, lambda number, r=read, c=close: (r, c)[number]())
         assert answers[-1] == "File is closed" or len(answers) == 37
 
 
@@ -939,7 +911,7 @@ def test_two_threads_of_a_forked_child(mixed, mixed_pairs):
                     except StopIteration:
                         return
 
-        run_threads(advance)
+        run_threads(2, advance)
         assert sorted(name for name, _ in taken) == sorted(list(expected)[5:])
         stream.close()
         for _ in range(200):

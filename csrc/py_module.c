@@ -11,6 +11,7 @@
 #include "py_filter.h"
 #include "py_handle.h"
 #include "py_keeps.h"
+#include "py_overlap.h"
 #include "py_plan.h"
 #include "py_tensor.h"
 #include "readahead.h"
@@ -97,6 +98,9 @@ static PyMethodDef module_methods[] = {
      PyDoc_STR("load_bytes(data, rule) -> dict; raises Refused")},
     /* py_filter.c */
     {"match_rule", stx_py_filter_match, METH_VARARGS, PyDoc_STR("match_rule(rule, name) -> bool")},
+    /* py_overlap.c */
+    {"names_overlap", stx_py_names_overlap, METH_O,
+     PyDoc_STR("names_overlap(handles) -> bool: two of them have a name in common, or may have")},
     /* here */
     {"counters", module_counters, METH_NOARGS, PyDoc_STR("counters() -> dict[str, int]")},
     {"engine", module_engine, METH_NOARGS,

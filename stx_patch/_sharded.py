@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
-from . import _filter, _progress, _stock
+from . import _filter, _native, _progress, _stock
 from ._files import Files
 
 _THREADS_MAX = 8
@@ -128,11 +128,10 @@ def _open_beside(
 
 def _settle(files: Files, paths: list[str], handles: list[Any]) -> dict[int, list[str]]:
     """File -> names that it has and that count in another one."""
-    claims = [handle.offset_keys() for handle in handles]
-    names: set[str] = set().union(*claims)
-    claims_count = sum(map(len, claims))
     shadowed: dict[int, list[str]] = {}
-    for name, numbers in _find_clashes(handles).items() if claims_count != len(names) else ():
+    core = _native.core
+    may_clash = core is None or core.names_overlap(handles)
+    for name, numbers in _find_clashes(handles).items() if may_clash else ():
         chosen = files.path_of(name)
         if chosen not in [paths[number] for number in numbers]:
             first, second = (paths[number] for number in numbers[:2])

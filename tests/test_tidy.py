@@ -26,7 +26,7 @@ LONG_FUNCTIONS: dict[str, int] = {}
 LAYERS = [
     ("err", "checked", "array", "memory", "dtype", "thread", "copy"),
     ("json", "json_simdjson", "header", "header_cache"),
-    ("plan", "match", "order", "follow"),
+    ("plan", "match", "order", "follow", "overlap"),
     ("file", "mapping", "residency", "readahead", "source", "arena"),
     ("engine", "engine_uring", "engine_threads"),
     ("load", "owned", "stream"),
@@ -42,6 +42,7 @@ LAYERS = [
         "py_owned",
         "py_stream",
         "py_bytes",
+        "py_overlap",
     ),
     ("py_module",),
 ]

@@ -10,7 +10,7 @@ VENV := .venv/bin
 SET_UP := PYTHON='$(PYTHON)' tools/setup.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-next upstream fuzz san analyze lint bench bench-accept \
+.PHONY: help demo test test-next consumers upstream fuzz san analyze lint bench bench-accept \
 	bench-quick bench-report clean distclean
 
 help: ## show this list
@@ -20,12 +20,21 @@ demo: ## set up, then load a real model twice, stock and patched, and compare
 	@$(SET_UP)
 	@$(VENV)/python benchmarks/demo.py
 
-test: ## set up with warnings as errors, then then run all of the following and every test
+test: ## set up with warnings as errors, then run all of the following and every test
 	@STX_WERROR=1 $(SET_UP)
 	@$(MAKE) --no-print-directory lint
-	@$(MAKE) --no-print-directory analyze fuzz san SAN_TESTS='$(SAN_IN_CI)'
-	@$(MAKE) --no-print-directory upstream test-next
-	@$(VENV)/python -m pytest $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory analyze
+	@$(MAKE) --no-print-directory -j2 --output-sync=target SAN_TESTS='$(SAN_IN_CI)' $(BESIDE)
+	@$(VENV)/python -m pytest $(PYTEST_ARGS) $(if $(PYTEST_ARGS),,--ignore $(CONSUMERS))
+
+# What takes one processor each goes two at a time; the rest of the tests looks at memory, threads
+# and the page cache, and goes alone. Of a part of the tests, all of it is there.
+CONSUMERS := tests/test_consumers.py
+BESIDE := fuzz san upstream test-next
+BESIDE += $(if $(PYTEST_ARGS),,consumers)
+consumers: ## the libraries that read safetensors, with and without the patch
+	@$(SET_UP)
+	@$(VENV)/python -m pytest -q $(CONSUMERS)
 
 # Those tests that compare with stock, against the release that comes next.
 NEXT_TESTS := parity slices storage bad_input header_errors patch patch_homes filter stats
@@ -37,7 +46,7 @@ test-next: ## the tests of being a drop-in, against the next safetensors
 		PYTHONPATH=$$site $(VENV)/python -m pytest -q $(NEXT_TESTS:%=tests/test_%.py) || exit 1; \
 	done
 
-upstream: ## safetensors' own tests, with and without the patch, of two versions
+upstream: ## safetensors' and transformers' own tests, with and without the patch
 	@$(SET_UP) with-upstream
 	@$(VENV)/python tools/upstream.py run
 

@@ -104,6 +104,10 @@ venv_step() {
     install "$torch"
     say "installing the rest of requirements-dev.txt into .venv"
     install -r requirements-dev.txt
+    local alone
+    alone=$(sed -n 's/^# alone: \([^ ]*\).*/\1/p' requirements-dev.txt)
+    # shellcheck disable=SC2086  # a list of words
+    install --no-deps $alone
     printf '%s\n' "$1" >.stamps/venv
 }
 

@@ -9,7 +9,6 @@ from consumers import harness
 def import_library():
     import diffusers
 
-    diffusers.logging.set_verbosity_error()
     diffusers.logging.disable_progress_bar()
     assert diffusers.UNet2DConditionModel and diffusers.AutoencoderKL
 

@@ -2,28 +2,39 @@
 
 A consumer is a module with `import_library()`, `prepare(folder)`, `SCENARIOS` (name -> function of
 the folder that returns something JSON can hold) and optionally `FILTERED` (name -> (filter,
-function)). `python -m consumers.NAME FOLDER` runs it and writes FOLDER/results/MODE.json.
+function)). `python -m consumers.NAME FOLDER` runs it and writes FOLDER/results/MODE.json;
+with a number of rounds behind it, it only takes times, for FOLDER/results/seconds.json.
 
 Modes:
     stock             nothing is patched
     after             the library is imported, then patch() is called
     before            patch() is called, then the library is imported
+    inside            the library is imported, then each scenario has a block of patched()
     poisoned-after    as after, and whatever stock would open or map raises
     poisoned-before   as before, the same
+    poisoned-inside   as inside, the same
     filtered          the scenarios of FILTERED, each in a block with its filter
 
 Scenarios that have to go to stock name the reasons, in `EXPECTED_FALLBACKS` (name -> {reason: n}),
 and are left out of the poisoned modes.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import sys
+import time
 import traceback
+import warnings
 from pathlib import Path
 
-MODES = ["after", "before", "poisoned-after", "poisoned-before"]
+MODES = [
+    *("after", "before", "inside"),
+    *("poisoned-after", "poisoned-before", "poisoned-inside"),
+]
+LOGGERS = ("transformers", "diffusers", "accelerate", "peft", "timm", "sentence_transformers")
 
 
 def main(consumer):
@@ -33,12 +44,20 @@ def main(consumer):
     folder = Path(sys.argv[1])
     (folder / "results").mkdir(parents=True)
 
+    def only_times():
+        consumer.import_library()
+        in_fork(lambda: consumer.prepare(folder))
+        take_times(consumer, folder, int(sys.argv[2]))
+
+    if len(sys.argv) > 2:
+        in_fork(only_times)
+        return
+
     def without_us_first():
         consumer.import_library()
-        consumer.prepare(folder)
-        in_fork(lambda: run(consumer, folder, "stock"))
-        in_fork(lambda: run(consumer, folder, "after"))
-        in_fork(lambda: run(consumer, folder, "poisoned-after"))
+        in_fork(lambda: consumer.prepare(folder))  # what warns once has to do so in every mode
+        for mode in ("stock", "after", "inside", "poisoned-after", "poisoned-inside"):
+            in_fork(lambda mode=mode: run(consumer, folder, mode))
         if hasattr(consumer, "FILTERED"):
             in_fork(lambda: run_filtered(consumer, folder))
 
@@ -60,33 +79,40 @@ def in_fork(function):
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
-        code = 1
-        try:
-            function()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+        leave_with(function)
     if os.waitpid(child, 0)[1] != 0:
         sys.exit("a fork failed")
+
+
+def leave_with(function):
+    """A child's whole life: call `function`, then leave without what its parent does at exit."""
+    code = 1
+    try:
+        function()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def run(consumer, folder, mode):
     import stx_patch
 
-    if mode == "stock":
-        assert not stx_patch.is_patched()
-    else:
+    if mode not in ("stock", "inside", "poisoned-inside"):
         stx_patch.patch()
-    if mode.startswith("poisoned"):
-        poison(folder)
+    block = stx_patch.patched if mode.endswith("inside") else contextlib.nullcontext
+    outside = mode in MODES and not mode.endswith("inside")
+    poison = poisoned(folder) if mode.startswith("poisoned") else contextlib.nullcontext
     expected = getattr(consumer, "EXPECTED_FALLBACKS", {})
     results = {}
     for name, scenario in consumer.SCENARIOS.items():
-        if not (mode.startswith("poisoned") and name in expected):
+        if mode.startswith("poisoned") and name in expected:
+            continue
+        assert stx_patch.is_patched() is outside
+        with block(), poison():  # in this order: what is put in place is stock's
             results[name] = record(name, scenario, folder, mode)
     write(folder, mode, results)
 
@@ -101,6 +127,31 @@ def run_filtered(consumer, folder):
     write(folder, "filtered", results)
 
 
+def take_times(consumer, folder, rounds):
+    """Seconds of each scenario, round by round: by stock, by stock again, and patched."""
+    import stx_patch
+
+    sides = {
+        "stock": contextlib.nullcontext,
+        "stock again": contextlib.nullcontext,
+        "ours": stx_patch.patched,
+    }
+    seconds = {name: {side: [] for side in sides} for name in consumer.SCENARIOS}
+    for name, scenario in consumer.SCENARIOS.items():
+        for number in range(-1, rounds):  # the first is not counted
+            order = list(sides)
+            for side in order[number % 3 :] + order[: number % 3]:
+                with sides[side]():
+                    begin = time.perf_counter()
+                    outcome = record(name, scenario, folder, f"{side} {number}")
+                    taken = time.perf_counter() - begin
+                if "error" in outcome:
+                    raise RuntimeError(f"{name}, {side}: {outcome['error']}")
+                if number >= 0:
+                    seconds[name][side].append(taken)
+    write(folder, "seconds", seconds)
+
+
 def record(name, scenario, folder, mode):
     """What one scenario returned or raised, and what we counted meanwhile."""
     import stx_patch
@@ -109,21 +160,61 @@ def record(name, scenario, folder, mode):
     work.mkdir(parents=True)
     os.chdir(work)  # what a scenario saves, it saves here
     stx_patch.reset_stats()
-    try:
-        found = {"result": scenario(folder)}
-    except Exception:
-        found = {"error": traceback.format_exc()}
+    with said() as lines:
+        try:
+            found = {"result": scenario(folder)}
+        except Exception:
+            found = {"error": traceback.format_exc()}
+    places = ((str(work), "WORK"), (str(folder), "FOLDER"))
+    found["said"] = [shorten(line, places) for line in lines]
     stats = stx_patch.stats()
     counters = ("opens", "tensors_native", "tensors_stock", "keys_skipped", "fallbacks")
     return {**found, **{name: getattr(stats, name) for name in counters}}
+
+
+@contextlib.contextmanager
+def said():
+    """What the libraries warn of and log at that level meanwhile: a list, in order."""
+    lines = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(f"{record.name}: {record.getMessage()}")
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, category, *place: lines.append(
+            f"{category.__name__}: {message}"
+        )
+        for logger in loggers:
+            logger.addHandler(handler)
+        try:
+            yield lines
+        finally:
+            for logger in loggers:
+                logger.removeHandler(handler)
+
+
+def shorten(text, places):
+    for path, name in places:
+        text = text.replace(path, name)
+    return text
+
+
+def raised(function, folder):
+    """The exception that a call raises: its type and text, without the names of folders."""
+    try:
+        function()
+    except Exception as error:
+        places = ((os.getcwd(), "WORK"), (str(folder), "FOLDER"))
+        return [type(error).__module__, type(error).__name__, shorten(str(error), places)]
+    raise AssertionError("nothing was raised")
 
 
 def write(folder, mode, results):
     (folder / "results" / f"{mode}.json").write_text(json.dumps(results))
 
 
-def poison(folder):
-    """From here on stock can open no file and torch can map none."""
+def poisoned(folder):
+    """A block, as a function: inside, stock can open no file and torch can map none."""
     import safetensors._safetensors_rust
     import torch
 
@@ -136,17 +227,29 @@ def poison(folder):
         __new__ = refuse
 
     native = safetensors._safetensors_rust.safe_open
-    native.__new__ = refuse  # also for whoever holds the class from somewhere else
-    assert stx_patch._stock.safe_open is native
-    stx_patch._stock.safe_open = Poisoned
-    torch.UntypedStorage.from_file = refuse
     some_file = next(folder.rglob("*.safetensors"))
-    for opener in (native, stx_patch._stock.safe_open, torch.UntypedStorage.from_file):
+
+    @contextlib.contextmanager
+    def block():
+        native_new, from_file = native.__new__, torch.UntypedStorage.from_file
+        assert stx_patch._stock.safe_open is native
+        native.__new__ = refuse  # also for whoever holds the class from somewhere else
+        stx_patch._stock.safe_open = Poisoned
+        torch.UntypedStorage.from_file = refuse
         try:
-            opener(str(some_file), "pt")
-        except AssertionError:
-            continue
-        raise RuntimeError("the poison does not work")
+            for opener in (native, stx_patch._stock.safe_open, torch.UntypedStorage.from_file):
+                try:
+                    opener(str(some_file), "pt")
+                except AssertionError:
+                    continue
+                raise RuntimeError("the poison does not work")
+            yield
+        finally:
+            native.__new__ = native_new
+            stx_patch._stock.safe_open = native
+            torch.UntypedStorage.from_file = from_file
+
+    return block
 
 
 # --- what scenarios return ---

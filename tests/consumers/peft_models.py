@@ -3,15 +3,13 @@
 import sys
 
 from consumers import harness
-
-VOCABULARY = 64
+from consumers.tiny import llama_config
 
 
 def import_library():
     import peft
     import transformers
 
-    transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     assert peft.PeftModel
 
@@ -22,16 +20,8 @@ def prepare(folder):
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "base")
+    model = transformers.LlamaForCausalLM(llama_config(num_hidden_layers=2))
+    model.save_pretrained(folder / "base")
     modules = ["q_proj", "v_proj"]
     kinds = {
         "lora": peft.LoraConfig(r=4, target_modules=modules, init_lora_weights=False),

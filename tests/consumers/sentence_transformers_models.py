@@ -3,6 +3,7 @@
 import sys
 
 from consumers import harness
+from consumers.tiny import bert_config
 
 SENTENCES = ["The cat sits outside.", "A man plays the guitar.", "", "Ünïcode, too: 東京."]
 
@@ -24,7 +25,7 @@ def minilm_folder():
 def prepare(folder):
     import torch
     from sentence_transformers import SentenceTransformer
-    from transformers import AutoTokenizer, BertConfig, BertModel
+    from transformers import AutoTokenizer, BertModel
 
     try:
         from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
@@ -32,13 +33,7 @@ def prepare(folder):
         from sentence_transformers.models import Dense, Pooling, Transformer
 
     torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=32,
-    )
+    config = bert_config(vocab_size=30522, num_hidden_layers=1)  # the tokenizer's
     BertModel(config).save_pretrained(folder / "tiny-bert")
     AutoTokenizer.from_pretrained(minilm_folder()).save_pretrained(folder / "tiny-bert")
     transformer = Transformer(str(folder / "tiny-bert"))

@@ -3,43 +3,25 @@
 import os
 import sys
 
-from consumers import harness
-
-VOCABULARY = 64
+from consumers import harness, transformers_ranks, transformers_saving
+from consumers.tiny import bert_config, gpt2_config, llama_config, mixtral_config
+from consumers.transformers_loading import forward, load, load_run_save
 
 
 def import_library():
     import transformers
     from transformers import AutoModel, AutoModelForCausalLM  # noqa: F401
 
-    transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-
-
-def llama_config(**options):
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        **options,
-    )
 
 
 def prepare(folder):
     import torch
     from transformers import (
-        BertConfig,
         BertModel,
-        GPT2Config,
         GPT2LMHeadModel,
         LlamaForCausalLM,
-        MixtralConfig,
+        LlamaForSequenceClassification,
         MixtralForCausalLM,
     )
 
@@ -50,61 +32,12 @@ def prepare(folder):
     assert len(list((folder / "llama-sharded").glob("*.safetensors"))) > 3
     llama.to(torch.bfloat16).save_pretrained(folder / "llama-bf16")
     LlamaForCausalLM(llama_config(tie_word_embeddings=True)).save_pretrained(folder / "tied")
-    bert = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=32,
-    )
-    BertModel(bert).save_pretrained(folder / "bert")
-    gpt2 = GPT2Config(vocab_size=VOCABULARY, n_positions=32, n_embd=16, n_layer=2, n_head=2)
-    GPT2LMHeadModel(gpt2).save_pretrained(folder / "gpt2")
-    mixtral = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=4,
-        max_position_embeddings=32,
-    )
-    MixtralForCausalLM(mixtral).save_pretrained(folder / "mixtral", max_shard_size="30KB")
-
-
-def load(auto_class, path, **options):
-    """The model, and all that loading it shows."""
-    import torch
-    import transformers
-
-    torch.manual_seed(7)  # for what is not in the file
-    model, loading = getattr(transformers, auto_class).from_pretrained(
-        path, output_loading_info=True, **options
-    )
-    model.eval()
-    return model, {
-        **harness.describe_model(model),
-        "loading": {name: sorted(map(str, found)) for name, found in loading.items() if found},
-        "device_map": {str(k): str(v) for k, v in getattr(model, "hf_device_map", {}).items()},
-    }
-
-
-def forward(model):
-    import torch
-
-    with torch.no_grad():
-        output = model(input_ids=torch.arange(10).reshape(2, 5) % VOCABULARY)
-    return harness.digest_tensor(output[0].float())
-
-
-def load_run_save(auto_class, path, **options):
-    model, shown = load(auto_class, path, **options)
-    shown["forward"] = forward(model)
-    model.save_pretrained("saved")
-    shown["files"] = harness.digest_folder("saved")
-    return shown
+    labeled = llama_config(num_labels=3, pad_token_id=0)
+    LlamaForSequenceClassification(labeled).save_pretrained(folder / "llama-labeled")
+    BertModel(bert_config()).save_pretrained(folder / "bert")
+    GPT2LMHeadModel(gpt2_config()).save_pretrained(folder / "gpt2")
+    mixtral = MixtralForCausalLM(mixtral_config())
+    mixtral.save_pretrained(folder / "mixtral", max_shard_size="30KB")
 
 
 def llama_one_file(folder):
@@ -123,6 +56,13 @@ def llama_cast(folder):
 
 def llama_auto_dtype(folder):
     return load_run_save("AutoModelForCausalLM", folder / "llama-bf16", dtype="auto")
+
+
+def llama_by_an_old_keyword(folder):
+    """It still works, and warns."""
+    import torch
+
+    return load_run_save("AutoModelForCausalLM", folder / "llama", torch_dtype=torch.float16)
 
 
 def llama_device_map(folder):
@@ -227,13 +167,14 @@ def llama_without_mmap(folder):
     return load_run_save("AutoModelForCausalLM", folder / "llama", disable_mmap=True)
 
 
-SCENARIOS = {
+ALONE = {
     function.__name__: function
     for function in (
         llama_one_file,
         llama_sharded,
         llama_cast,
         llama_auto_dtype,
+        llama_by_an_old_keyword,
         llama_device_map,
         llama_device_map_of_modules,
         llama_on_disk,
@@ -251,7 +192,8 @@ SCENARIOS = {
         llama_without_mmap,
     )
 }
-EXPECTED_FALLBACKS: dict[str, dict[str, int]] = {}
+SCENARIOS = ALONE | transformers_saving.SCENARIOS | transformers_ranks.SCENARIOS
+EXPECTED_FALLBACKS = transformers_saving.EXPECTED_FALLBACKS
 
 
 # --- with a filter ---

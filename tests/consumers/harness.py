@@ -3,7 +3,8 @@
 A consumer is a module with `import_library()`, `prepare(folder)`, `SCENARIOS` (name -> function of
 the folder that returns something JSON can hold) and optionally `FILTERED` (name -> (filter,
 function)). `python -m consumers.NAME FOLDER` runs it and writes FOLDER/results/MODE.json;
-with a number of rounds behind it, it only takes times, for FOLDER/results/seconds.json.
+with a number of rounds behind it, it only takes times, of `TIMED` where it has that, for
+FOLDER/results/seconds.json.
 
 Modes:
     stock             nothing is patched
@@ -136,8 +137,9 @@ def take_times(consumer, folder, rounds):
         "stock again": contextlib.nullcontext,
         "ours": stx_patch.patched,
     }
-    seconds = {name: {side: [] for side in sides} for name in consumer.SCENARIOS}
-    for name, scenario in consumer.SCENARIOS.items():
+    scenarios = getattr(consumer, "TIMED", consumer.SCENARIOS)
+    seconds = {name: {side: [] for side in sides} for name in scenarios}
+    for name, scenario in scenarios.items():
         for number in range(-1, rounds):  # the first is not counted
             order = list(sides)
             for side in order[number % 3 :] + order[: number % 3]:

@@ -192,6 +192,7 @@ ALONE = {
         llama_without_mmap,
     )
 }
+TIMED = ALONE  # neither training nor processes
 SCENARIOS = ALONE | transformers_saving.SCENARIOS | transformers_ranks.SCENARIOS
 EXPECTED_FALLBACKS = transformers_saving.EXPECTED_FALLBACKS
 

@@ -27,8 +27,8 @@ test: ## set up with warnings as errors, then run all of the following and every
 	@$(MAKE) --no-print-directory -j2 --output-sync=target SAN_TESTS='$(SAN_IN_CI)' $(BESIDE)
 	@$(VENV)/python -m pytest $(PYTEST_ARGS) $(if $(PYTEST_ARGS),,--ignore $(CONSUMERS))
 
-# What takes one processor each goes two at a time; the rest of the tests looks at memory, threads
-# and the page cache, and goes alone. Of a part of the tests, all of it is there.
+# What takes about one processor each goes two at a time. The rest of the tests, most of those that
+# look at memory, threads and the page cache, goes alone. With PYTEST_ARGS pytest gets all tests.
 CONSUMERS := tests/test_consumers.py
 BESIDE := fuzz san upstream test-next
 BESIDE += $(if $(PYTEST_ARGS),,consumers)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether any scenario of tests/consumers takes longer with us: seconds of tiny models, in which
-nothing but the overhead shows.
+"""Whether any scenario of tests/consumers takes longer with us: seconds of tiny models, so that
+overhead shows and speed does not. What a scenario does beside loading is in them.
 
     bench_scenarios.py [--pairs N] [--case WORD ...]
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,9 @@ def take_times(consumer: str, rounds: int) -> dict[str, dict[str, list[float]]]:
     """Scenario -> side -> seconds."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", f"consumers.{consumer}", f"{folder}/run", str(rounds)]
-        done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True)
+        kept = {name: text for name, text in os.environ.items() if not name.startswith("STX_")}
+        environment = kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
         if done.returncode != 0:
             raise runner.Failed(done.stderr[-2000:])
         found: dict[str, dict[str, list[float]]] = json.loads(
@@ -71,6 +74,8 @@ def main() -> int:
                 f"[{low:.2f}, {high:.2f}]{'  SLOWER' if high < 1 else ''}",
                 flush=True,
             )
+    if not medians:
+        parser.error("no consumer has such a name")
     print(
         f"{len(medians)} scenarios, median {statistics.median(medians):.2f}x; slower beyond the "
         f"interval: {slower['ours']}, and of stock against itself: {slower['stock again']}"

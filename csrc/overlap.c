@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* As many slots in a row are no accident. */
+/* As many slots in a row are no accident, as in header.c. */
 #define PROBES_MAX 128
 
 static bool is_same(const struct stx_tensor *a, const struct stx_tensor *b) {

@@ -3,7 +3,9 @@ natively: also where stock can open no file and torch can map none."""
 
 import functools
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,7 @@ from consumers import (
 from consumers.harness import MODES
 from patch_helpers import clean_environment
 
+LIMIT_SECONDS = 290
 CONSUMERS = {
     "safetensors_users": safetensors_users,
     "accelerate_models": accelerate_models,
@@ -47,16 +50,23 @@ def results_of():
         folders.append(folder)
         environment = clean_environment()
         environment["HF_HOME"] = str(folder / "cache")
-        process = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-m", f"consumers.{consumer}", str(folder / "run")],
             cwd=Path(__file__).parent,
             env=environment,
-            capture_output=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=280,
+            start_new_session=True,
         )
+        try:
+            _, said = process.communicate(timeout=LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its forks, too
+            _, said = process.communicate()
+            said += f"\n{consumer} took more than {LIMIT_SECONDS} s"
         if process.returncode != 0:
-            return process.stderr  # each test says so, none runs it again
+            return said  # each test says so, none runs it again
         return {
             path.stem: json.loads(path.read_text())
             for path in (folder / "run" / "results").glob("*.json")

@@ -13,7 +13,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from patch_helpers import drop_from_cache
+from patch_helpers import drop_from_cache, leaves_stock  # noqa: F401
 
 import stx_patch
 from stx_patch import filters
@@ -46,6 +46,7 @@ def test_all_of_them_are_found():
 def world(tmp_path, monkeypatch):
     """What the examples take for granted: names, and files in the current folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     names = [f"model.layers.{number}.self_attn.q_proj.weight" for number in range(8)]
     tensors = {name: torch.full((LAYER,), float(n)) for n, name in enumerate(names)}
     safetensors.torch.save_file(tensors, "model.safetensors")
@@ -53,7 +54,7 @@ def world(tmp_path, monkeypatch):
     os.symlink(model, tmp_path / "llama")
     for file in model.iterdir():
         (tmp_path / "folder" / file.name).symlink_to(file)
-    drop_from_cache(tmp_path / "model.safetensors")
+    assert drop_from_cache(tmp_path / "model.safetensors")
     shown = []
     namespace = {
         "stx_patch": stx_patch,
@@ -93,8 +94,7 @@ def test_it_runs_as_it_stands(text, world):
         if "AutoModelForCausalLM" in text:
             assert namespace["model"] is not None and stx_patch.stats().keys_skipped > 0
     finally:
-        while stx_patch.is_patched():
-            stx_patch.unpatch()
+        stx_patch.unpatch()
 
 
 def hand_over():

@@ -22,7 +22,7 @@ from patch_helpers import (
 )
 
 import stx_patch
-from stx_patch import filters
+from stx_patch import _native, filters
 
 MIB = 1 << 20
 SHARDS = 3
@@ -541,6 +541,18 @@ def test_a_stream_that_is_left_leaves_nothing(tmp_path, backend, taken):
             stream.close()
         del stream
         assert len(open_descriptors()) == before
+
+
+def test_whether_handles_have_names_in_common(model):
+    overlap = _native.core.names_overlap
+    handles = [stx_patch.safe_open(path) for path in model]
+    assert overlap([]) is overlap(handles) is False
+    assert overlap([*handles, stx_patch.safe_open(model[0])]) is True
+    assert overlap([*handles, object()]) is True  # cannot be told
+    with pytest.raises(TypeError):
+        overlap(tuple(handles))
+    handles[0].__exit__(None, None, None)
+    assert overlap(handles) is True
 
 
 def test_closing_the_handle_ends_its_stream(tmp_path):

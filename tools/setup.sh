@@ -3,7 +3,7 @@
 #
 #   tools/setup.sh                 all of it
 #   tools/setup.sh no-build        without the extension
-#   tools/setup.sh with-upstream   and safetensors' own tests
+#   tools/setup.sh with-upstream   and safetensors' and transformers' own tests
 #   tools/setup.sh with-clang      and clang with libFuzzer, and clang-tidy
 #   tools/setup.sh with-peers      and other loaders, in .peers, for the benchmarks
 #

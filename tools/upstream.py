@@ -16,7 +16,6 @@ Run by .venv's interpreter.
 
 import argparse
 import collections
-import concurrent.futures
 import dataclasses
 import importlib.metadata
 import json
@@ -43,8 +42,8 @@ class Suite:
         package, version: whose.
         tests: what pytest is given, relative to `folder`.
         folder: inside the source distribution.
-        least: how many have to pass at least; `served`: of them, how many with tensors of ours.
-            Fewer: the suite is not what it was, and proves less than is claimed here.
+        least: how many have to pass at least; `served`: of them, how many on files of ours. Fewer:
+            the suite is not what it was, and proves less than is claimed here.
     """
 
     package: str
@@ -233,8 +232,7 @@ def run() -> int:
     begin = time.monotonic()
     status = 0
     for suite in SUITES:
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            plain, patched = pool.map(run_suite, (suite, suite), (False, True))
+        plain, patched = run_suite(suite, False), run_suite(suite, True)
         say(f"{suite}: {summary(plain)}; patched: {summary(patched)}")
         say(
             f"  patched: {patched['opens']} files and {patched['tensors_native']} tensors native, "

@@ -42,7 +42,7 @@ def main(consumer):
     """Run all modes of a consumer module. Called by it when it is the program."""
     import torch  # noqa: F401 - once, for all forks
 
-    folder = Path(sys.argv[1])
+    folder = Path(sys.argv[1]).resolve()
     (folder / "results").mkdir(parents=True)
 
     def only_times():
@@ -149,6 +149,8 @@ def take_times(consumer, folder, rounds):
                     taken = time.perf_counter() - begin
                 if "error" in outcome:
                     raise RuntimeError(f"{name}, {side}: {outcome['error']}")
+                if bool(outcome["opens"] + outcome["tensors_native"]) != (side == "ours"):
+                    raise RuntimeError(f"{name}, {side}: served by the wrong one")
                 if number >= 0:
                     seconds[name][side].append(taken)
     write(folder, "seconds", seconds)
@@ -183,6 +185,7 @@ def said():
     loggers = [logging.getLogger(name) for name in LOGGERS]
     with warnings.catch_warnings():
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", ResourceWarning)  # comes when garbage is collected
         warnings.showwarning = lambda message, category, *place: lines.append(
             f"{category.__name__}: {message}"
         )
@@ -216,7 +219,8 @@ def write(folder, mode, results):
 
 
 def poisoned(folder):
-    """A block, as a function: inside, stock can open no file and torch can map none."""
+    """A block, as a function: inside, stock can open no file and torch can map none. Outside stock
+    is what our patch finds again, and its class stays unusable: Python does not undo that."""
     import safetensors._safetensors_rust
     import torch
 
@@ -233,7 +237,7 @@ def poisoned(folder):
 
     @contextlib.contextmanager
     def block():
-        native_new, from_file = native.__new__, torch.UntypedStorage.from_file
+        from_file = torch.UntypedStorage.from_file
         assert stx_patch._stock.safe_open is native
         native.__new__ = refuse  # also for whoever holds the class from somewhere else
         stx_patch._stock.safe_open = Poisoned
@@ -247,7 +251,6 @@ def poisoned(folder):
                 raise RuntimeError("the poison does not work")
             yield
         finally:
-            native.__new__ = native_new
             stx_patch._stock.safe_open = native
             torch.UntypedStorage.from_file = from_file
 

@@ -1,7 +1,9 @@
 """transformers: a model divided over two processes that speak gloo to each other."""
 
+import datetime
 import json
 import os
+import warnings
 from pathlib import Path
 
 from consumers import harness
@@ -53,7 +55,9 @@ def in_ranks(function):
 
     children = []
     for rank in range(RANKS):
-        child = os.fork()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of threads that linger
+            child = os.fork()
         if child == 0:
             harness.leave_with(lambda rank=rank: run_rank(rank, function))
         children.append(child)
@@ -74,9 +78,15 @@ def run_rank(rank, function):
     import stx_patch
 
     torch.set_num_threads(1)  # those of the parent are not here
+    torch._C._get_accelerator = lambda *arguments: torch.device(
+        "cpu"
+    )  # whatever torch was built for
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     store = f"file://{os.getcwd()}/rendezvous"
-    torch.distributed.init_process_group("gloo", store, rank=rank, world_size=RANKS)
+    torch.distributed.init_process_group(
+        "gloo", store, rank=rank, world_size=RANKS, timeout=datetime.timedelta(seconds=60)
+    )
     stx_patch.reset_stats()
     shown = function()
     stats = stx_patch.stats()

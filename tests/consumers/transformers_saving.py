@@ -110,8 +110,12 @@ def training_resumed(folder):
             logging_strategy="no",
         )
         trainer = transformers.Trainer(model, arguments, train_dataset=examples())
+        taken = []
+        trainer.add_callback(step_counter(taken))
         trainer.train(resume_from_checkpoint=resume)
+        assert trainer.state.global_step == steps and len(taken) == 2
         weights.append(harness.describe_model(model))
+    assert weights[0] != weights[1]
     files = harness.digest_folder("trained")
     return [*weights, {name: file for name, file in files.items() if name.endswith(".safetensors")}]
 
@@ -128,7 +132,9 @@ def best_model_kept(folder):
         save_steps=1,
         eval_strategy="steps",
         eval_steps=1,
-        learning_rate=1.0,  # so that the first is the best
+        learning_rate=1.0,
+        metric_for_best_model="loss",
+        greater_is_better=True,  # so that the first is the best
         load_best_model_at_end=True,
         use_cpu=True,
         report_to=[],
@@ -139,7 +145,19 @@ def best_model_kept(folder):
     trainer = transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data[:2])
     trainer.train()
     best = str(trainer.state.best_model_checkpoint)
+    assert Path(best).name == "checkpoint-1" and trainer.state.global_step == 3
     return [Path(best).name, harness.describe_model(model), forward(model.eval())]
+
+
+def step_counter(taken):
+    """A callback of Trainer that notes each step."""
+    import transformers
+
+    class Counter(transformers.TrainerCallback):
+        def on_step_end(self, arguments, state, control, **keywords):
+            taken.append(state.global_step)
+
+    return Counter()
 
 
 def examples():

@@ -7,6 +7,7 @@ import contextlib
 import doctest
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,8 @@ def test_it_runs_as_it_stands(text, world):
             assert namespace["model"] is not None and stx_patch.stats().keys_skipped > 0
     finally:
         stx_patch.unpatch()
+        if sys.modules.pop("stx_patch.auto", None):  # others look whether it was imported
+            del stx_patch.auto
 
 
 def hand_over():

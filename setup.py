@@ -109,6 +109,13 @@ def extra_flags() -> tuple[list[str], list[str]]:
     return compile_flags, link_flags
 
 
+def cuda_include() -> list[str]:
+    """Where CUDA's header is, if it is: csrc/device_cuda.c compares itself with it."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    found = [Path(home, "include") for home in homes if home]
+    return [f"-isystem{path}" for path in found if (path / "cuda_runtime_api.h").is_file()][:1]
+
+
 class BuildNative(build_ext):
     """Looks for what the build needs, then compiles the two languages side by side."""
 
@@ -121,7 +128,7 @@ class BuildNative(build_ext):
                 stop(f"compiler {program} not found: apt-get install g++")
         compile_flags, link_flags = extra_flags()
         for extension in self.extensions:
-            extension.extra_compile_args = compile_flags + headers + uring_flags
+            extension.extra_compile_args = compile_flags + headers + uring_flags + cuda_include()
             extension.extra_link_args = link_flags + simdjson_libs + uring_libs
         self.compile_in_pool({".c": C_FLAGS, ".cpp": CPP_FLAGS + simdjson_flags})
         super().build_extensions()

@@ -22,6 +22,7 @@ enum stx_status {
     STX_ERR_IO,          /* the system refused; `sys_errno` says how */
     STX_ERR_MEMORY,      /* an allocation failed */
     STX_ERR_UNSUPPORTED, /* valid perhaps, but not served here: the next in line decides */
+    STX_ERR_DEVICE,      /* the runtime of a device refused */
 };
 
 #define STX_ERR_MESSAGE_BYTES 256

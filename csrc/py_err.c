@@ -24,6 +24,7 @@ static const char *name_kind(enum stx_status status) {
             return "memory";
         case STX_OK:
         case STX_ERR_UNSUPPORTED:
+        case STX_ERR_DEVICE: /* opening a file asks none */
             break;
     }
     return "unsupported";

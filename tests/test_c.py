@@ -46,10 +46,22 @@ def core(request, tmp_path_factory):
 def test_program(core, tmp_path, program):
     sanitizer, _ = core
     binary = compile_program(core, tmp_path, program)
+    environment = {"ASAN_OPTIONS": "detect_leaks=1"}
+    if "STX_FAKE_CUDART" in program.read_text():
+        environment["STX_FAKE_CUDART"] = str(fake_runtime(sanitizer, tmp_path))
     if sanitizer == "thread":  # of this age it cannot live with the widest randomised addresses
-        run("setarch", "-R", binary)
+        run("setarch", "-R", binary, **environment)
     else:
-        run(binary, ASAN_OPTIONS="detect_leaks=1")
+        run(binary, **environment)
+
+
+def fake_runtime(sanitizer, folder):
+    """The path of tests/c/fake_cudart.c as a library, for programs that ask for a device."""
+    library = folder / "libfakecudart.so"
+    flags = ["-std=c11", "-D_GNU_SOURCE", *WARNINGS, *sanitize(sanitizer), "-shared", "-fPIC"]
+    source = ROOT / "tests" / "c" / "fake_cudart.c"
+    compile_with("gcc", *flags, source, "-o", library, "-lpthread")
+    return library
 
 
 def compile_program(core, tmp_path, *sources):

@@ -30,6 +30,7 @@ LAYERS = [
     ("file", "mapping", "residency", "readahead", "source", "arena"),
     ("engine", "engine_uring", "engine_threads"),
     ("load", "owned", "stream"),
+    ("device", "device_cpu", "device_cuda", "staging", "transfer"),
     ("py_state", "py_err", "py_args", "py_names", "py_modes"),
     ("py_tensor", "py_filter", "py_keeps"),
     (
@@ -43,6 +44,9 @@ LAYERS = [
         "py_stream",
         "py_bytes",
         "py_overlap",
+        "py_patience",
+        "py_device",
+        "py_read",
     ),
     ("py_module",),
 ]

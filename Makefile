@@ -10,7 +10,7 @@ VENV := .venv/bin
 SET_UP := PYTHON='$(PYTHON)' tools/setup.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-next consumers upstream fuzz san analyze lint bench bench-accept \
+.PHONY: help demo test test-next test-cuda consumers upstream fuzz san analyze lint bench bench-accept \
 	bench-quick bench-report clean distclean
 
 help: ## show this list
@@ -35,6 +35,10 @@ BESIDE += $(if $(PYTEST_ARGS),,consumers)
 consumers: ## the libraries that read safetensors, with and without the patch
 	@$(SET_UP)
 	@$(VENV)/python -m pytest -q $(CONSUMERS)
+
+test-cuda: ## the tests that need a CUDA device
+	@$(SET_UP)
+	@$(VENV)/python -m pytest -m cuda
 
 # Those tests that compare with stock, against the release that comes next.
 NEXT_TESTS := parity slices storage bad_input header_errors patch patch_homes filter stats

@@ -75,8 +75,7 @@ static void handle_dealloc(PyObject *py_self) {
 
 /* --- names --- */
 
-/* The index of a kept tensor, or -1 with stock's error. */
-static Py_ssize_t find_kept(struct stx_py_handle *self, PyObject *py_name) {
+Py_ssize_t stx_py_handle_find(const struct stx_py_handle *self, PyObject *py_name) {
     Py_ssize_t name_bytes = 0;
     const char *name = PyUnicode_AsUTF8AndSize(py_name, &name_bytes);
     if (name == NULL) return -1;
@@ -177,7 +176,7 @@ static PyObject *call_with_name(PyObject *py_self, const char *function, on_tens
         return PyObject_CallMethod(self->py_origin, "refuse_name", "(O)", py_name);
     }
     if (!enter(self)) return NULL;
-    const Py_ssize_t index = find_kept(self, py_name);
+    const Py_ssize_t index = stx_py_handle_find(self, py_name);
     return leave(self, index < 0 ? NULL : action(self, (size_t)index));
 }
 

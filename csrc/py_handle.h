@@ -61,6 +61,9 @@ static inline bool stx_py_handle_keeps(const struct stx_py_handle *self, size_t 
     return self->keep == NULL || self->keep[index] != 0;
 }
 
+/* The index of the kept tensor called `py_name`, a str; -1 with stock's error. */
+Py_ssize_t stx_py_handle_find(const struct stx_py_handle *self, PyObject *py_name);
+
 /* Where this handle's tensors lie. Borrowed from the handle. */
 struct stx_py_place stx_py_handle_place(const struct stx_py_handle *self);
 

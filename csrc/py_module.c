@@ -8,11 +8,13 @@
 
 #include "engine.h"
 #include "py_bytes.h"
+#include "py_device.h"
 #include "py_filter.h"
 #include "py_handle.h"
 #include "py_keeps.h"
 #include "py_overlap.h"
 #include "py_plan.h"
+#include "py_read.h"
 #include "py_tensor.h"
 #include "readahead.h"
 
@@ -24,11 +26,11 @@ uint64_t stx_py_clock_ns(void) {
 
 /* Fields of struct stx_py_counters, in its order, as Python sees them. */
 static const char *const counter_names[] = {
-    "opens",        "headers_reused", "tensors_native", "keys_kept",     "keys_skipped",
-    "bytes_kept",   "bytes_skipped",  "bytes_wanted",   "bytes_read",    "bytes_over_read",
-    "requests",     "files_cold",     "files_warm",     "files_unknown", "retries",
-    "loads_direct", "loads_buffered", "header_ns",      "filter_ns",     "plan_ns",
-    "read_ns",      "wrap_ns"};
+    "opens",        "headers_reused", "tensors_native", "keys_kept",       "keys_skipped",
+    "bytes_kept",   "bytes_skipped",  "bytes_wanted",   "bytes_read",      "bytes_over_read",
+    "requests",     "files_cold",     "files_warm",     "files_unknown",   "retries",
+    "loads_direct", "loads_buffered", "loads_pageable", "bytes_to_device", "header_ns",
+    "filter_ns",    "plan_ns",        "read_ns",        "wrap_ns"};
 #define COUNTERS_COUNT (sizeof counter_names / sizeof counter_names[0])
 _Static_assert(sizeof(struct stx_py_counters) == COUNTERS_COUNT * sizeof(uint64_t),
                "a name for each counter");
@@ -98,6 +100,17 @@ static PyMethodDef module_methods[] = {
      PyDoc_STR("load_bytes(data, rule) -> dict; raises Refused")},
     /* py_filter.c */
     {"match_rule", stx_py_filter_match, METH_VARARGS, PyDoc_STR("match_rule(rule, name) -> bool")},
+    /* py_device.c */
+    {"device_read", stx_py_device_read, METH_VARARGS,
+     PyDoc_STR(
+         "device_read(handle, extents, device, stream, staging_bytes, tensors_count, tells)")},
+    {"device_place", stx_py_device_place, METH_VARARGS,
+     PyDoc_STR("device_place(handle, name) -> (dtype, shape, begin, end)")},
+    {"device_runtime", stx_py_device_runtime, METH_NOARGS, PyDoc_STR("device_runtime() -> bool")},
+    {"device_bind", stx_py_device_bind, METH_O, PyDoc_STR("device_bind(path): for tests")},
+    /* py_read.c */
+    {"read_into", stx_py_read_into, METH_VARARGS,
+     PyDoc_STR("read_into(path, offset, size_bytes, address, device, stream, staging_bytes)")},
     /* py_overlap.c */
     {"names_overlap", stx_py_names_overlap, METH_O,
      PyDoc_STR("names_overlap(handles) -> bool: two of them have a name in common, or may have")},

@@ -11,6 +11,7 @@
 #include "checked.h"
 #include "py_err.h"
 #include "py_modes.h"
+#include "py_patience.h"
 #include "py_tensor.h"
 
 /* --- the descriptor --- */
@@ -105,60 +106,6 @@ PyObject *stx_py_owned_raise(struct stx_py_handle *self, const struct stx_file *
                         strerror(err->sys_errno), err->sys_errno);
 }
 
-int stx_py_owned_report(const struct stx_py_handle *self, uint64_t done_bytes) {
-    if (self->py_origin == NULL) return 0; /* a cycle is being collected */
-    PyObject *py_progress = PyObject_GetAttrString(self->py_origin, "progress");
-    if (py_progress == NULL) return -1;
-    PyObject *py_done =
-        py_progress == Py_None
-            ? Py_NewRef(Py_None)
-            : PyObject_CallMethod(py_progress, "report", "KK", (unsigned long long)done_bytes,
-                                  (unsigned long long)self->kept_bytes);
-    Py_DECREF(py_progress);
-    Py_XDECREF(py_done);
-    return py_done == NULL ? -1 : 0;
-}
-
-int stx_py_owned_stop_report(const struct stx_py_handle *self) {
-    if (self->py_origin == NULL) return 0;
-    PyObject *py_progress = PyObject_GetAttrString(self->py_origin, "progress");
-    if (py_progress == NULL) return -1;
-    PyObject *py_done = py_progress == Py_None ? Py_NewRef(Py_None)
-                                               : PyObject_CallMethod(py_progress, "stop", NULL);
-    Py_DECREF(py_progress);
-    Py_XDECREF(py_done);
-    return py_done == NULL ? -1 : 0;
-}
-
-void stx_py_owned_drop_report(const struct stx_py_handle *self) {
-    PyObject *py_type, *py_value, *py_traceback;
-    PyErr_Fetch(&py_type, &py_value, &py_traceback);
-    if (stx_py_owned_stop_report(self) != 0) PyErr_WriteUnraisable(self->py_origin);
-    PyErr_Restore(py_type, py_value, py_traceback);
-}
-
-/* A signal handler that raises ends the load, and whoever is told of its progress may. */
-struct patience {
-    PyThreadState *thread;
-    const struct stx_py_handle *reporting; /* NULL: nobody is told */
-    const struct stx_load_result *result;
-    bool raised;
-};
-
-static bool ask_python(void *context) {
-    struct patience *patience = context;
-    PyEval_RestoreThread(patience->thread);
-    patience->raised = PyErr_CheckSignals() != 0;
-    if (!patience->raised && patience->reporting != NULL) {
-        const uint64_t kept_bytes = patience->reporting->kept_bytes;
-        const uint64_t read_bytes = patience->result->bytes_read; /* with what lies between */
-        if (read_bytes < kept_bytes)
-            patience->raised = stx_py_owned_report(patience->reporting, read_bytes) != 0;
-    }
-    patience->thread = PyEval_SaveThread();
-    return !patience->raised;
-}
-
 /* --- reading --- */
 
 /* Read `plan` into `*arena`, which is made for it; progress is told of if it is all of the handle.
@@ -169,8 +116,8 @@ static int read_plan(struct stx_py_handle *self, const struct stx_plan *plan, bo
     const struct stx_owned_options options = stx_py_owned_options(self);
     struct stx_py_file *const file = self->file; /* `busy` keeps it open */
     struct stx_load_result result = {.failed_file = STX_LOAD_NO_FILE};
-    struct patience patience = {.reporting = is_all ? self : NULL, .result = &result};
-    const struct stx_owned_patience core_patience = {.keep_going = ask_python,
+    struct stx_py_patience patience = {.reporting = is_all ? self : NULL, .result = &result};
+    const struct stx_owned_patience core_patience = {.keep_going = stx_py_patience_ask,
                                                      .context = &patience};
     struct stx_owned_way way = {.why_buffered = NULL};
     const uint64_t memory_bytes =
@@ -225,14 +172,14 @@ static struct stx_arena *run_plan(struct stx_py_handle *self, const struct stx_p
     struct stx_err err = {.status = STX_OK};
     uint64_t failed_offset_bytes = 0;
     if (read_plan(self, plan, is_all, &arena, &failed_offset_bytes, &err) == 0) {
-        if (!is_all || (stx_py_owned_report(self, self->kept_bytes) == 0 &&
-                        stx_py_owned_stop_report(self) == 0))
+        if (!is_all || (stx_py_progress_report(self, self->kept_bytes) == 0 &&
+                        stx_py_progress_stop(self) == 0))
             return arena;
         stx_arena_release(arena);
     }
     if (!PyErr_Occurred())
         (void)stx_py_owned_raise(self, &self->file->file, first, failed_offset_bytes, &err);
-    if (is_all) stx_py_owned_drop_report(self);
+    if (is_all) stx_py_progress_drop(self);
     return NULL;
 }
 

@@ -39,14 +39,4 @@ void stx_py_owned_count(struct stx_py_handle *self, const struct stx_load_result
 /* The core's form of a handle's options. */
 struct stx_owned_options stx_py_owned_options(const struct stx_py_handle *self);
 
-/* Tell the handle's progress that so much of what is kept is there; all of it ends it. 0, or -1
- * with what the user's callable raised. */
-int stx_py_owned_report(const struct stx_py_handle *self, uint64_t done_bytes);
-
-/* The load that was told of is over. 0, or -1 with what came in between (Ctrl-C). */
-int stx_py_owned_stop_report(const struct stx_py_handle *self);
-
-/* The same where nothing can be raised. An exception that is set stays. */
-void stx_py_owned_drop_report(const struct stx_py_handle *self);
-
 #endif

@@ -203,12 +203,28 @@ static PyMethodDef slice_methods[] = {
     {"_rows", slice_rows, METH_VARARGS, PyDoc_STR("_rows($self, first, count)\n--\n\n")},
     {NULL, NULL, 0, NULL}};
 
+static PyObject *slice_origin(PyObject *py_self, void *unused) {
+    (void)unused;
+    return Py_NewRef(((struct slice *)py_self)->py_origin);
+}
+
+static PyObject *slice_name(PyObject *py_self, void *unused) {
+    (void)unused;
+    return Py_NewRef(((struct slice *)py_self)->py_name);
+}
+
+static PyGetSetDef slice_getset[] = {
+    {"_origin", slice_origin, NULL, PyDoc_STR("How it reaches its file otherwise."), NULL},
+    {"_name", slice_name, NULL, PyDoc_STR("The name of its tensor."), NULL},
+    {NULL, NULL, NULL, NULL, NULL}};
+
 static PyType_Slot slice_slots[] = {
     {Py_tp_doc, (void *)(uintptr_t) "A lazy tensor of a safetensors file: index it to get data."},
     {Py_tp_dealloc, slice_dealloc},
     {Py_tp_traverse, slice_traverse},
     {Py_tp_clear, slice_clear},
     {Py_tp_methods, slice_methods},
+    {Py_tp_getset, slice_getset},
     {Py_mp_subscript, slice_index},
     {Py_sq_item, slice_item},
     {0, NULL}};

@@ -50,6 +50,8 @@ struct stx_py_counters {
     uint64_t retries;
     uint64_t loads_direct;
     uint64_t loads_buffered;
+    uint64_t loads_pageable;
+    uint64_t bytes_to_device;
     uint64_t header_ns;
     uint64_t filter_ns;
     uint64_t plan_ns;

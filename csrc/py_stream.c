@@ -15,6 +15,7 @@
 #include "py_err.h"
 #include "py_modes.h"
 #include "py_owned.h"
+#include "py_patience.h"
 #include "py_tensor.h"
 #include "stream.h"
 
@@ -151,7 +152,7 @@ static void iterator_dealloc(PyObject *py_self) {
     struct iterator *self = (struct iterator *)py_self;
     PyTypeObject *type = Py_TYPE(py_self);
     PyObject_GC_UnTrack(py_self);
-    if (!self->ended) stx_py_owned_drop_report(self->handle);
+    if (!self->ended) stx_py_progress_drop(self->handle);
     end(self);
     stx_py_handle_leave(self->handle);
     Py_DECREF((PyObject *)self->handle);
@@ -170,14 +171,15 @@ static int fetch(struct iterator *self) {
     bool ready = false;
     stx_arena_release(self->piece.arena);
     self->piece.arena = NULL;
-    if (stx_py_owned_report(self->handle, self->done_bytes) != 0) return -1;
+    if (stx_py_progress_report(self->handle, self->done_bytes) != 0) return -1;
     while (status == STX_OK && !ready) {
         Py_BEGIN_ALLOW_THREADS;
         status =
             stx_stream_next(self->stream, 100, &self->piece, &ready, &failed_offset_bytes, &err);
         Py_END_ALLOW_THREADS;
         if (PyErr_CheckSignals() != 0) return -1;
-        if (status == STX_OK && !ready && stx_py_owned_report(self->handle, self->done_bytes) != 0)
+        if (status == STX_OK && !ready &&
+            stx_py_progress_report(self->handle, self->done_bytes) != 0)
             return -1;
     }
     self->handle->state->counters.read_ns += stx_py_clock_ns() - start_ns;
@@ -248,9 +250,9 @@ static PyObject *iterator_next(PyObject *py_self) {
         end(self);
         PyErr_Restore(py_type, py_value, py_traceback);
         if (PyErr_Occurred())
-            stx_py_owned_drop_report(self->handle);
+            stx_py_progress_drop(self->handle);
         else
-            (void)stx_py_owned_stop_report(self->handle);
+            (void)stx_py_progress_stop(self->handle);
     }
     return py_pair;
 }
@@ -264,7 +266,7 @@ static PyObject *iterator_close(PyObject *py_self, PyObject *py_unused) {
     }
     const bool was_open = !self->ended;
     end(self);
-    if (was_open && stx_py_owned_stop_report(self->handle) != 0) return NULL;
+    if (was_open && stx_py_progress_stop(self->handle) != 0) return NULL;
     return Py_NewRef(Py_None);
 }
 

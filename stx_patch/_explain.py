@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from . import _files, _filter, _native, _options, _origin, _sharded, _stock
-from ._request import Request, explain_refusal, fspath, refuse, stock_keywords
+from ._request import Request, explain_refusal, fspath, is_cpu, refuse, stock_keywords
 
 _HOW = {
     "nothing": "nothing is kept, nothing is read",
@@ -204,7 +204,7 @@ def _explain_file(
     reason = refuse({}, path, framework, device, backend)
     if reason is None:
         assert path is not None
-        reads = backend == "pread"
+        reads = backend == "pread" or not is_cpu(device)
         try:
             return _from_core(
                 path, _native.core.explain(path, request.rule, reads), request.options, reads

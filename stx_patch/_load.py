@@ -17,12 +17,14 @@ from ._request import (
     check_result,
     explain_refusal,
     fspath,
+    is_cpu,
     is_stock_call,
     open_native,
     open_sharded,
 )
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -34,6 +36,7 @@ def load_file(
     tensor_filter: _filter.TensorFilter = None,
     include_keys: Iterable[str] | None = None,
     strict_filter: bool = False,
+    dtype: torch.dtype | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Load the tensors of a safetensors file, or of many files, that a filter keeps.
@@ -47,6 +50,8 @@ def load_file(
             `patch()`, if one is in force, has to keep them.
         include_keys: exact names, instead of `tensor_filter`.
         strict_filter: an error where a name or pattern matches nothing, or nothing is kept.
+        dtype: what floating-point tensors are converted to; others stay as they are. On a CUDA
+            device the stored bytes travel, and are converted there, never whole in both dtypes.
         **options: how to read: the fields of `stx_patch.Options`.
 
     Returns:
@@ -55,8 +60,9 @@ def load_file(
     Raises:
         FileNotFoundError, OSError, SafetensorError: as safetensors raises them; SafetensorError
             also for a `strict_filter` that is not met.
-        TypeError, ValueError: a filter that is none, or contradictory keywords.
+        TypeError, ValueError: a filter or dtype that is none, or contradictory keywords.
     """
+    _check_dtype(dtype)
     keywords = {
         "device": device,
         "backend": backend,
@@ -65,7 +71,23 @@ def load_file(
         "strict_filter": strict_filter,
         **options,
     }
-    return _load_file(True, (filename,), keywords)
+    return _load_file(True, (filename,), keywords, dtype)
+
+
+def _check_dtype(dtype: Any) -> None:
+    if dtype is None:
+        return
+    import torch
+
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point torch.dtype, not {dtype!r}")
+
+
+def _convert(tensors: Iterable[tuple[str, Any]], dtype: Any) -> dict[str, Any]:
+    """`tensors` by name, those of floating point as `dtype`."""
+    return {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors
+    }
 
 
 def _bind_file(
@@ -75,13 +97,14 @@ def _bind_file(
 
 
 def _load_file(
-    public: bool, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    public: bool, arguments: tuple[Any, ...], keywords: dict[str, Any], dtype: Any = None
 ) -> dict[str, Any]:
     """The body of both `load_file`s."""
     if is_stock_call(public):
         return _load_file_stock(arguments, keywords)
     _stock.take()
     request = Request(public, arguments, keywords)
+    request.dtype = dtype
     try:
         filename, device, backend = _bind_file(*arguments, **keywords)
     except TypeError:  # stock says what is wrong
@@ -93,13 +116,16 @@ def _load_file(
     if handle is not None:
         with handle:
             check_result(request, handle, filename)
+            if dtype is not None and backend == "pread" and is_cpu(device):
+                return _convert(handle.tensors(), dtype)  # while the next ones are read
             tensors: dict[str, Any] = handle.get_tensors()
-            return tensors
+            return tensors if dtype is None else _convert(tensors.items(), dtype)
     if request.rule is None:
         tensors = _load_file_stock(arguments, keywords)
         _stats.count_stock_tensors(len(tensors))
-        return tensors
-    return _load_filtered_stock(request, filename, keywords)
+    else:
+        tensors = _load_filtered_stock(request, filename, keywords)
+    return tensors if dtype is None else _convert(tensors.items(), dtype)
 
 
 def _load_file_stock(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:

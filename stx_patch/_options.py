@@ -23,6 +23,7 @@ _UNITS = {
 }  # fmt: skip
 _SIZE = re.compile(r"\s*([0-9]{1,30})\s*([A-Za-z]*)\s*\Z")
 _MAX_BYTES = (1 << 63) - 1
+_STAGING_BYTES = 64 << 20
 
 Size = int | str
 
@@ -81,6 +82,8 @@ class Options:
         progress: for loads that wait (`backend="pread"`, `tensors()`): True for a bar, if stderr is
             a terminal, "force" for a bar anyway, or a callable that is given (done_bytes,
             total_bytes) about twenty times a second; what it raises ends the load.
+        staging_bytes: how much pinned memory loads to a CUDA device go through; the first of a
+            process to a device says. Bytes, or "auto", 64 MiB.
 
     Raises:
         TypeError, ValueError: a value that is none of these.
@@ -91,6 +94,7 @@ class Options:
     inflight_bytes: Size = "auto"
     direct_io: str = "auto"
     progress: _progress.Target = False
+    staging_bytes: Size = "auto"
 
     def __post_init__(self) -> None:
         _check_choice("engine", self.engine, _ENGINES)
@@ -103,6 +107,8 @@ class Options:
             raise ValueError("inflight_bytes must be more than 0")
         object.__setattr__(self, "inflight_bytes", inflight)
         object.__setattr__(self, "progress", _progress_target(self.progress))
+        staging = _size("staging_bytes", self.staging_bytes, ("auto",))
+        object.__setattr__(self, "staging_bytes", staging)
 
     @property
     def core(self) -> tuple[int, int, int, int]:
@@ -115,10 +121,15 @@ class Options:
         direct = _DIRECT_IO.index(self.direct_io)
         return _ENGINES.index(self.engine), int(ahead), int(inflight), direct
 
+    @property
+    def staging(self) -> int:
+        """`staging_bytes` as a number."""
+        return _STAGING_BYTES if self.staging_bytes == "auto" else int(self.staging_bytes)
+
 
 NAMES = tuple(field.name for field in dataclasses.fields(Options))
 _VARIABLES = {name: "STX_PATCH_" + name.upper() for name in NAMES}
-_DEFAULT = Options()
+DEFAULT = Options()
 
 
 def from_environment(keywords: Mapping[str, Any]) -> Options:
@@ -141,7 +152,7 @@ def from_environment(keywords: Mapping[str, Any]) -> Options:
         except ValueError as error:
             raise ValueError(f"{variable}: {error}") from None
         given[name] = text.strip()
-    return Options(**given) if given else _DEFAULT
+    return Options(**given) if given else DEFAULT
 
 
 def with_keywords(options: Options, keywords: Mapping[str, Any]) -> Options:

@@ -9,10 +9,11 @@ not serve. `FilteredHandle` stands before a stock handle wherever a filter is in
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from . import _filter, _owned, _progress, _stats, _stock
+from . import _filter, _native, _options, _owned, _progress, _stats, _stock
 
 _BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
@@ -35,7 +36,10 @@ class Origin:
         "_arguments",
         "_filename",
         "_keywords",
+        "_lock",
+        "_options",
         "_path",
+        "_reader",
         "_stock_handle",
         "identity",
         "progress",
@@ -47,12 +51,16 @@ class Origin:
         arguments: tuple[Any, ...],
         keywords: dict[str, Any],
         progress: _progress.Part | None = None,
+        options: _options.Options = _options.DEFAULT,
     ) -> None:
         self._filename = path
         self._path = _absolute(path)  # somebody may change the directory
         self._arguments = arguments
         self._keywords = keywords
         self.progress = progress
+        self._options = options
+        self._lock = threading.Lock()
+        self._reader: tuple[Any, int] | None = None
         self._stock_handle: Any = None
         self.identity: tuple[int, int, int, int] | None = None
 
@@ -60,6 +68,23 @@ class Origin:
     def stock_class(self) -> Any:
         """What a native handle's `__class__` says."""
         return _stock.safe_open
+
+    def reader(self) -> tuple[Any, int]:
+        """A native handle that reads this file where the one of this origin maps it, and how large
+        the staging memory of a device is to be; None if the file is another one by now. Any thread.
+        """
+        with self._lock:
+            if self._reader is None:
+                self._reader = self._open_reader()
+            return self._reader
+
+    def _open_reader(self) -> tuple[Any, int]:
+        other = Origin(self._path, self._arguments, self._keywords, None, self._options)
+        try:
+            handle = _native.core.open(self._path, None, other, self._options.core, True)
+        except _native.core.Refused:
+            return None, 0
+        return (handle, self._options.staging) if other.identity == self.identity else (None, 0)
 
     def filename(self) -> str:
         """The path as it was given. Called by the core."""
@@ -142,7 +167,21 @@ def _absolute(path: str) -> str:
         return path
 
 
-class FilteredHandle:
+class Disguised:
+    """A handle of ours that `isinstance` takes for stock's, also for whoever has its own class."""
+
+    __slots__ = ()
+
+    @property
+    def __class__(self) -> Any:
+        return _stock.safe_open
+
+    @__class__.setter
+    def __class__(self, value: type) -> None:
+        raise TypeError("__class__ assignment is not supported")
+
+
+class FilteredHandle(Disguised):
     """A stock handle that shows only the kept names. Every method is stock's otherwise."""
 
     __slots__ = ("_filename", "_handle", "_kept", "_kept_set", "_left_out")
@@ -153,14 +192,6 @@ class FilteredHandle:
         self._kept = kept  # in file order
         self._kept_set = frozenset(kept)
         self._left_out = frozenset(handle.keys()) - self._kept_set
-
-    @property
-    def __class__(self) -> Any:  # isinstance() holds also for whoever has stock's own class
-        return _stock.safe_open
-
-    @__class__.setter
-    def __class__(self, value: type) -> None:
-        raise TypeError("__class__ assignment is not supported")
 
     @property
     def _skipped_count(self) -> int:

@@ -178,7 +178,7 @@ def _put_back(entries: tuple[Entry, ...]) -> None:
 
 def _replacements() -> dict[str, list[tuple[Any, Any]]]:
     """The homes that are imported: module -> pairs of an original and ours."""
-    from . import _load, _safe_open
+    from . import _load, _safe_open, _transformers
 
     homes: dict[str, list[tuple[Any, Any]]] = {}
     if _stock.is_executed("safetensors", "safe_open"):
@@ -193,6 +193,9 @@ def _replacements() -> dict[str, list[tuple[Any, Any]]]:
     if _stock.TORCH in homes:
         originals = _stock.known_functions(_stock.TORCH, "load_file")
         homes[_stock.TORCH] += [(original, _load.load_file_stand_in()) for original in originals]
+    materializers = _transformers.replacements()
+    if materializers:
+        homes[_transformers.HOME] = materializers
     return homes
 
 
@@ -260,7 +263,7 @@ def _restore() -> None:
 class _ImportHook(importlib.abc.MetaPathFinder):
     """Lets the other finders find a home, and binds it right after it was executed."""
 
-    _homes = frozenset(("safetensors", *_stock.FRAMEWORKS))
+    _homes = frozenset(("safetensors", *_stock.FRAMEWORKS, "transformers.core_model_loading"))
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from . import (
+    _device,
+    _device_handle,
     _files,
     _filter,
     _native,
@@ -40,11 +42,13 @@ class Request:
         strict: the call's `strict_filter`.
         options: how to read: the call's, else those in force.
         progress: what they make of `progress=`: one for all files of the call, or None.
+        dtype: what floating-point tensors are loaded as, or None.
         public: whether it came through `stx_patch` itself, not through a patched name.
     """
 
     __slots__ = (
         "arguments",
+        "dtype",
         "keywords",
         "options",
         "own_rule",
@@ -57,6 +61,7 @@ class Request:
     def __init__(self, public: bool, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         own = {name: keywords.pop(name) for name in _OWN_KEYWORDS & keywords.keys()}
         self.public = public
+        self.dtype: Any = None
         self.arguments = arguments
         self.keywords = keywords
         self.strict = bool(own.pop("strict_filter", False))
@@ -98,16 +103,28 @@ def open_native(
     reason = refuse(request.keywords, path, framework, device, backend)
     if reason is None:
         assert path is not None
+        index = None if is_cpu(device) else _device.index_in(device)
         known = stock_keywords(framework, device, backend)
         part = None if request.progress is None else request.progress.part()
-        origin = _origin.Origin(path, (), known, part)
+        origin = _origin.Origin(path, (), known, part, request.options)
         try:
             how = request.options.core
-            return _native.core.open(path, rule, origin, how, backend == "pread")
+            reads = backend == "pread" or index is not None
+            handle = _native.core.open(path, rule, origin, how, reads)
         except _native.core.Refused as refusal:
             reason = explain_refusal(path, refusal)
+        else:
+            if index is None:
+                return handle
+            target = _device.Target(index, request.options.staging, request.dtype)
+            return _device_handle.DeviceHandle(handle, origin, target)
     _stats.count_fallback(reason)
     return None
+
+
+def is_cpu(device: Any) -> bool:
+    """Whether this is how stock is told of the CPU."""
+    return device is None or (isinstance(device, str) and device == "cpu")
 
 
 def stock_keywords(framework: Any, device: Any, backend: Any) -> dict[str, Any]:
@@ -151,11 +168,13 @@ def refuse(
         return "arguments"
     if not isinstance(framework, str) or framework not in _FRAMEWORKS:
         return f"framework {framework}" if isinstance(framework, str) else "arguments"
-    if device is not None and not (isinstance(device, str) and device == "cpu"):
+    if not is_cpu(device) and _device.index_in(device) is None:
         return f"device {device}" if isinstance(device, (str, int)) else "arguments"
     if not isinstance(backend, str) or backend not in _BACKENDS:
         return f"backend {backend}" if isinstance(backend, str) else "arguments"
-    return None if _native.torch_is_ready() else "torch missing"
+    if not _native.torch_is_ready():
+        return "torch missing"
+    return None if is_cpu(device) or _device.cuda.serves(device) else f"device {device}"
 
 
 def open_sharded(

@@ -23,7 +23,6 @@ from . import (
     _options,
     _origin,
     _progress,
-    _sharded,
     _stats,
     _stock,
 )
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
             inflight_bytes: _options.Size = "auto",
             direct_io: str = "auto",
             progress: _progress.Target = False,
+            staging_bytes: _options.Size = "auto",
         ) -> None: ...
         def __enter__(self) -> SafeOpen: ...
         def __exit__(self, *exc_info: object) -> None: ...
@@ -131,7 +131,7 @@ class _Meta(type):
         native = () if _native.core is None else (_native.core.Handle,)
         return subclass is cls or issubclass(
             subclass,
-            (*native, _origin.FilteredHandle, _sharded.ShardedHandle, _stock.safe_open),
+            (*native, _origin.Disguised, _stock.safe_open),
         )
 
     def __repr__(cls) -> str:
@@ -171,7 +171,7 @@ class _Method:
         return self
 
     def __call__(self, /, *arguments: Any, **keywords: Any) -> Any:
-        own: tuple[Any, ...] = (_origin.FilteredHandle, _sharded.ShardedHandle)
+        own: tuple[Any, ...] = (_origin.Disguised,)
         if _native.core is not None:
             own += (_native.core.Handle,)
         if arguments and isinstance(arguments[0], own):
@@ -224,6 +224,7 @@ def _public_signature() -> inspect.Signature:
         inflight_bytes: Any = "auto",
         direct_io: str = "auto",
         progress: Any = False,
+        staging_bytes: Any = "auto",
     ) -> None: ...
 
     return inspect.signature(signature).replace(return_annotation=inspect.Signature.empty)

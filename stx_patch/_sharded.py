@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
-from . import _filter, _native, _progress, _stock
+from . import _filter, _native, _origin, _progress, _stock
 from ._files import Files
 
 _THREADS_MAX = 8
@@ -168,7 +168,7 @@ def _check_index(files: Files, paths: list[str], handles: list[Any]) -> None:
             )
 
 
-class ShardedHandle:
+class ShardedHandle(_origin.Disguised):
     """Several files behind the methods of one handle, in the order of the files.
 
     No two of them have a name in common. `unopened` is what else an index lists: all of it left out
@@ -192,14 +192,6 @@ class ShardedHandle:
         self._handles = handles
         self._owners: dict[str, int] = {}  # name -> number of its file; made when first needed
         self._closed = False
-
-    @property
-    def __class__(self) -> Any:
-        return _stock.safe_open
-
-    @__class__.setter
-    def __class__(self, value: type) -> None:
-        raise TypeError("__class__ assignment is not supported")
 
     @property
     def _skipped_count(self) -> int:

@@ -40,6 +40,8 @@ class Stats:
         retries: requests that were repeated, for what a short or interrupted read left.
         loads_direct, loads_buffered: reads into memory of our own (`backend="pread"`, `tensors()`)
             that went past the page cache, or through it.
+        loads_pageable: of these, to a device that could not pin the staging memory.
+        bytes_to_device: what was copied to devices.
         engine: what did the last such read that was worth an engine: "uring", "threads" or None.
         engine_reason: why it was not a better one, or not direct; None if nothing was in the way.
         seconds: phase -> time: header, filter, plan, read (waiting for memory of our own), wrap
@@ -65,6 +67,8 @@ class Stats:
     retries: int = 0
     loads_direct: int = 0
     loads_buffered: int = 0
+    loads_pageable: int = 0
+    bytes_to_device: int = 0
     engine: str | None = None
     engine_reason: str | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)

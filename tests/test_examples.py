@@ -60,6 +60,7 @@ def world(tmp_path, monkeypatch):
     namespace = {
         "stx_patch": stx_patch,
         "filters": filters,
+        "torch": torch,
         "name": names[3],
         "path": "model.safetensors",
         "show": lambda done_bytes, total_bytes: shown.append((done_bytes, total_bytes)),
@@ -77,6 +78,8 @@ def save_sharded_model(folder):
 
 @pytest.mark.parametrize("text", EXAMPLES)
 def test_it_runs_as_it_stands(text, world):
+    if "cuda" in text and ">>>" not in text and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
     namespace, shown = world
     stx_patch.reset_stats()
     if "AutoModelForCausalLM" in text:

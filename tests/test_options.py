@@ -24,6 +24,7 @@ from stx_patch import Options, _native, _options
 
 MIB = 1 << 20
 NAMES = ["engine", "read_ahead", "inflight_bytes", "direct_io"]
+OTHERS = ["progress", "staging_bytes"]  # not told to the core with the rest
 VARIABLES = {name: f"STX_PATCH_{name.upper()}" for name in NAMES}
 DEFAULT = (0, -1, 0, 0)
 # For each option one value that is not the default, and what the core is told.
@@ -76,9 +77,18 @@ def large(tmp_path_factory):
 
 
 def test_the_options_are_what_is_documented():
-    assert [field.name for field in dataclasses.fields(Options)] == [*NAMES, "progress"]
-    assert list(_options.NAMES) == [*NAMES, "progress"]
+    assert [field.name for field in dataclasses.fields(Options)] == [*NAMES, *OTHERS]
+    assert list(_options.NAMES) == [*NAMES, *OTHERS]
     assert set(vars(Options()).values()) == {"auto", False} and Options().core == DEFAULT
+
+
+def test_staging_bytes(monkeypatch):
+    assert Options().staging == 64 * MIB and Options(staging_bytes="8MiB").staging == 8 * MIB
+    monkeypatch.setenv("STX_PATCH_STAGING_BYTES", "1GiB")
+    assert _options.from_environment({}).staging == 1024 * MIB
+    for wrong in ("many", -1, 1.5, None, "off"):
+        with pytest.raises((TypeError, ValueError), match="staging_bytes"):
+            Options(staging_bytes=wrong)
 
 
 def test_options_are_values():
@@ -95,7 +105,7 @@ def test_options_are_values():
     assert made != Options() and made.core == (2, 5, MIB, 1)
     assert repr(made) == (
         "Options(engine='threads', read_ahead=5, inflight_bytes=1048576, direct_io='on', "
-        "progress=False)"
+        "progress=False, staging_bytes='auto')"
     )
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.engine = "uring"

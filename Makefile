@@ -61,7 +61,7 @@ fuzz: ## damaged files against stock, then libFuzzer on the header parser
 	@$(VENV)/python tools/fuzz.py $(FUZZ_SECONDS)
 
 SAN_TESTS ?=
-SAN_IN_CI := parity slices threads core_cases explain differential
+SAN_IN_CI := parity slices threads core_cases explain differential device
 SAN_IN_CI := $(SAN_IN_CI:%=tests/test_%.py)
 san: ## the tests with the extension under ASan and UBSan
 	@$(SET_UP)

@@ -48,6 +48,7 @@ typedef struct CUevent_st *cuda_event;
     CALL(event_destroy, EventDestroy, (cuda_event))                                            \
     CALL(last_error, GetLastError, (void))
 
+/* NOLINTNEXTLINE(bugprone-macro-parentheses): a declaration has none */
 #define DECLARE(ours, theirs, parameters) cuda_status(*ours) parameters;
 struct runtime {
     CALLS(DECLARE)

@@ -237,10 +237,16 @@ static PyObject *handle_get_tensors(PyObject *py_self, PyObject *py_unused) {
     return enter(self) ? leave(self, stx_py_handle_load(self)) : NULL;
 }
 
-static PyObject *handle_tensors(PyObject *py_self, PyObject *py_unused) {
+static PyObject *handle_tensors(PyObject *py_self, PyObject *py_arguments, PyObject *py_keywords) {
+    static char *parameters[] = {"dtype", NULL};
     struct stx_py_handle *self = (struct stx_py_handle *)py_self;
-    (void)py_unused;
-    return enter(self) ? leave(self, stx_py_stream_new(self)) : NULL;
+    PyObject *py_dtype = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(py_arguments, py_keywords, "|O", parameters, &py_dtype) ||
+        !enter(self))
+        return NULL;
+    PyObject *py_stream = leave(self, stx_py_stream_new(self));
+    if (py_stream == NULL || py_dtype == Py_None) return py_stream;
+    return PyObject_CallMethod(self->py_origin, "converted", "NO", py_stream, py_dtype);
 }
 
 /* --- the rest --- */
@@ -341,9 +347,11 @@ static PyMethodDef handle_methods[] = {
                "SafetensorError if there is none.")},
     {"get_tensors", handle_get_tensors, METH_NOARGS,
      PyDoc_STR("get_tensors($self)\n--\n\nAll tensors: a dict in file order.")},
-    {"tensors", handle_tensors, METH_NOARGS,
-     PyDoc_STR("tensors($self)\n--\n\nIterate over (name, tensor) in file order; each tensor is in "
-               "memory of its own.\nReads ahead within a window of memory.")},
+    {"tensors", (PyCFunction)(void (*)(void))handle_tensors, METH_VARARGS | METH_KEYWORDS,
+     PyDoc_STR(
+         "tensors($self, dtype=None)\n--\n\nIterate over (name, tensor) in file order; each "
+         "tensor is in memory of its own,\nfloating-point ones as dtype. Reads ahead within a "
+         "window of memory.")},
     {"get_slice", WITH_NAME(handle_get_slice),
      PyDoc_STR("get_slice($self, name)\n--\n\nA lazy slice of the tensor called name; index it.\n"
                "SafetensorError if there is none.")},

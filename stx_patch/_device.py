@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from . import _native
+from . import _native, _progress
 
 _WINDOW_BYTES = 64 << 20  # of stored bytes on the device while they are converted
 _ALIGN_BYTES = 16  # of each tensor in it
@@ -182,15 +182,23 @@ class Load:
         tensors: name -> tensor, in the order of `places`; without meaning until `run` returned.
     """
 
-    def __init__(self, handle: Any, places: Sequence[Place], target: Target, is_all: bool) -> None:
-        """`places` ascend and have a dtype; `is_all`: they are all of the native `handle`'s, and
-        whoever watches its progress is told."""
+    def __init__(
+        self,
+        handle: Any,
+        places: Sequence[Place],
+        target: Target,
+        progress: _progress.Part | None = None,
+    ) -> None:
+        """`places` ascend and have a dtype. `progress`: the native `handle`'s, which is told, if
+        they are all of its tensors."""
         self._handle = handle
         self._target = target
         self._stream = cuda.stream(target.index)
         self._plain: list[Place] = []
         self._converted: list[Place] = []
-        self._is_all = is_all
+        self._progress = progress
+        self._done_bytes = 0
+        self._total_bytes = sum(place.nbytes for place in places)
         self.tensors: dict[str, Any] = {}
         for place in places:
             converts = target.converts(place.dtype)
@@ -210,11 +218,17 @@ class Load:
             for place in self._plain
             if place.nbytes
         ]
-        self._read(extents, len(self._plain), self._is_all and not self._converted)
-        if self._converted:
+        is_told = self._progress is not None and not self._converted  # by the core
+        self._read(extents, len(self._plain), is_told)
+        if not self._converted:
+            return
+        try:
             with cuda.current(self._stream):
                 self._convert()
             self._stream.synchronize()  # whoever uses them may do so on another stream
+        finally:
+            if self._progress is not None:
+                self._progress.stop()
 
     def _read(
         self, extents: list[tuple[int, int, int]], tensors_count: int, tells: bool = False
@@ -229,6 +243,9 @@ class Load:
                 tensors_count,
                 tells,
             )
+        self._done_bytes += sum(end - begin for begin, end, _ in extents)
+        if self._progress is not None and not tells:
+            self._progress.report(self._done_bytes, self._total_bytes)
 
     def _make_window(self) -> Any:
         """Memory for stored bytes that are to be converted, or None."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from . import _device, _origin, _owned, _stock
+from . import _device, _dtype, _origin, _owned, _progress, _stock
 
 _PIECE_BYTES = 64 << 20  # of tensors(), read while the one before is used
 
@@ -73,42 +73,59 @@ class DeviceHandle(_origin.Disguised):
         handle = self._open()
         if not isinstance(name, str):
             return handle.get_tensor(name)  # raises what stock raises
-        return self._load(handle, [_device.place_of(handle, name)], False)[name]
+        return self._load(handle, [_device.place_of(handle, name)])[name]
 
     def get_tensors(self) -> dict[str, Any]:
         """All tensors, on the device: a dict in file order."""
         handle = self._open()
         places = [_device.place_of(handle, name) for name in handle.offset_keys()]
-        return self._load(handle, places, True)
+        return self._load(handle, places, self._origin.progress)
 
-    def tensors(self) -> Iterator[tuple[str, Any]]:
-        """Iterate over (name, tensor) in file order. The next ones are read meanwhile, into no more
-        device memory than twice 64 MiB, or the largest tensor."""
+    def tensors(self, dtype: Any = None) -> Iterator[tuple[str, Any]]:
+        """Iterate over (name, tensor) in file order, floating-point ones as `dtype`. The next ones
+        are read meanwhile, into no more device memory than twice 64 MiB, or the largest tensor."""
         handle = self._open()
+        _dtype.check(dtype)
         places = [_device.place_of(handle, name) for name in handle.offset_keys()]
-        return self._stream(handle, places)
+        target = _device.Target(self._target.index, self._target.staging_bytes, dtype)
+        return self._stream(handle, places, target if dtype is not None else self._target)
 
-    def _stream(self, handle: Any, places: list[_device.Place]) -> Iterator[tuple[str, Any]]:
+    def _stream(
+        self, handle: Any, places: list[_device.Place], target: _device.Target
+    ) -> Iterator[tuple[str, Any]]:
         groups = _device.groups(places, _PIECE_BYTES)
+        progress = self._origin.progress
+        done_bytes, total_bytes = 0, sum(place.nbytes for place in places)
         with ThreadPoolExecutor(1) as pool:
-            group = next(groups, None)
-            begun = None if group is None else self._begin(pool, handle, group)
-            while begun is not None:
-                tensors = begun()
+            try:
                 group = next(groups, None)
-                begun = None if group is None else self._begin(pool, handle, group)
-                while tensors:
-                    name = next(iter(tensors))
-                    yield name, tensors.pop(name)
+                begun = None if group is None else self._begin(pool, handle, group, target)
+                while begun is not None and group is not None:
+                    tensors = begun()
+                    done_bytes += sum(place.nbytes for place in group)
+                    if progress is not None:
+                        progress.report(done_bytes, total_bytes)
+                    group = next(groups, None)
+                    begun = None if group is None else self._begin(pool, handle, group, target)
+                    while tensors:
+                        name = next(iter(tensors))
+                        yield name, tensors.pop(name)
+            finally:
+                if progress is not None:
+                    progress.stop()
 
     def _begin(
-        self, pool: ThreadPoolExecutor, handle: Any, places: list[_device.Place]
+        self,
+        pool: ThreadPoolExecutor,
+        handle: Any,
+        places: list[_device.Place],
+        target: _device.Target,
     ) -> Callable[[], dict[str, Any]]:
         """Have tensors read by another thread; call the result for them. Their memory is asked for
         here, for which stream is current is each thread's own."""
         is_stocks = _device.is_stocks()
         native = [place for place in places if place.dtype is not None and not is_stocks]
-        load = _device.Load(handle, native, self._target, False)
+        load = _device.Load(handle, native, target)
         future = pool.submit(load.run)
 
         def finish() -> dict[str, Any]:
@@ -123,11 +140,16 @@ class DeviceHandle(_origin.Disguised):
         entry = handle.get_slice(name)
         return DeviceSlice(self, handle, entry, name)
 
-    def _load(self, handle: Any, places: list[_device.Place], is_all: bool) -> dict[str, Any]:
+    def _load(
+        self,
+        handle: Any,
+        places: list[_device.Place],
+        progress: _progress.Part | None = None,
+    ) -> dict[str, Any]:
         if _device.is_stocks():
             return self._complete(places, {})
         native = [place for place in places if place.dtype is not None]
-        load = _device.Load(handle, native, self._target, is_all)
+        load = _device.Load(handle, native, self._target, progress)
         load.run()
         return self._complete(places, load.tensors)
 
@@ -202,7 +224,7 @@ class DeviceSlice:
             return self._owner._origin.stock_slice(self._name, index)
         first, count, rest = planned
         rows = place.rows(first, count)
-        read = self._owner._load(self._handle, [rows], False)[self._name]
+        read = self._owner._load(self._handle, [rows])[self._name]
         found = read[rest]
         if found.nbytes == read.nbytes:
             return read.view(found.shape)

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from . import _files, _filter, _native, _origin, _patch, _stats, _stock
+from . import _dtype, _files, _filter, _native, _origin, _patch, _stats, _stock
 from ._request import (
     Request,
     check_result,
@@ -62,7 +62,7 @@ def load_file(
             also for a `strict_filter` that is not met.
         TypeError, ValueError: a filter or dtype that is none, or contradictory keywords.
     """
-    _check_dtype(dtype)
+    _dtype.check(dtype)
     keywords = {
         "device": device,
         "backend": backend,
@@ -72,22 +72,6 @@ def load_file(
         **options,
     }
     return _load_file(True, (filename,), keywords, dtype)
-
-
-def _check_dtype(dtype: Any) -> None:
-    if dtype is None:
-        return
-    import torch
-
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating-point torch.dtype, not {dtype!r}")
-
-
-def _convert(tensors: Iterable[tuple[str, Any]], dtype: Any) -> dict[str, Any]:
-    """`tensors` by name, those of floating point as `dtype`."""
-    return {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors
-    }
 
 
 def _bind_file(
@@ -117,15 +101,15 @@ def _load_file(
         with handle:
             check_result(request, handle, filename)
             if dtype is not None and backend == "pread" and is_cpu(device):
-                return _convert(handle.tensors(), dtype)  # while the next ones are read
+                return dict(handle.tensors(dtype=dtype))  # while the next ones are read
             tensors: dict[str, Any] = handle.get_tensors()
-            return tensors if dtype is None else _convert(tensors.items(), dtype)
+            return tensors if dtype is None else dict(_dtype.convert(tensors.items(), dtype))
     if request.rule is None:
         tensors = _load_file_stock(arguments, keywords)
         _stats.count_stock_tensors(len(tensors))
     else:
         tensors = _load_filtered_stock(request, filename, keywords)
-    return tensors if dtype is None else _convert(tensors.items(), dtype)
+    return tensors if dtype is None else dict(_dtype.convert(tensors.items(), dtype))
 
 
 def _load_file_stock(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:

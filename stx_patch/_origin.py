@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from . import _filter, _native, _options, _owned, _progress, _stats, _stock
+from . import _dtype, _filter, _native, _options, _owned, _progress, _stats, _stock
 
 _BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
@@ -89,6 +89,11 @@ class Origin:
     def filename(self) -> str:
         """The path as it was given. Called by the core."""
         return self._filename
+
+    def converted(self, tensors: Iterator[tuple[str, Any]], dtype: Any) -> Any:
+        """The stream of a handle as another dtype. Called by the core."""
+        _dtype.check(dtype)
+        return _dtype.convert(tensors, dtype)
 
     def stock_tensor(self, name: str) -> Any:
         """The tensor as stock makes it, or stock's error. Called by the core."""
@@ -221,9 +226,10 @@ class FilteredHandle(Disguised):
     def get_tensors(self) -> dict[str, Any]:
         return {name: self.get_tensor(name) for name in self.offset_keys()}
 
-    def tensors(self) -> Iterator[tuple[str, Any]]:
-        for name in self.offset_keys():
-            yield name, self.get_tensor(name)
+    def tensors(self, dtype: Any = None) -> Iterator[tuple[str, Any]]:
+        _dtype.check(dtype)
+        found = ((name, self.get_tensor(name)) for name in self.offset_keys())
+        return found if dtype is None else _dtype.convert(found, dtype)
 
     def get_slice(self, name: str) -> Any:
         self._check(name)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
-from . import _filter, _native, _origin, _progress, _stock
+from . import _dtype, _filter, _native, _origin, _progress, _stock
 from ._files import Files
 
 _THREADS_MAX = 8
@@ -252,29 +252,30 @@ class ShardedHandle(_origin.Disguised):
         finally:
             self._progress.finish()
 
-    def tensors(self) -> Iterator[tuple[str, Any]]:
-        """Iterate over (name, tensor), each in memory of its own.
+    def tensors(self, dtype: Any = None) -> Iterator[tuple[str, Any]]:
+        """Iterate over (name, tensor), each in memory of its own, floating-point ones as `dtype`.
 
         The next file is begun when little of one is left. Both together stay within two windows.
         """
         self._check_open()
-        return self._stream(list(self._handles))
+        _dtype.check(dtype)
+        return self._stream(list(self._handles), dtype)
 
-    def _stream(self, handles: list[Any]) -> Iterator[tuple[str, Any]]:
+    def _stream(self, handles: list[Any], dtype: Any) -> Iterator[tuple[str, Any]]:
         with self._one_load():
-            yield from self._stream_each(handles)
+            yield from self._stream_each(handles, dtype)
 
-    def _stream_each(self, handles: list[Any]) -> Iterator[tuple[str, Any]]:
+    def _stream_each(self, handles: list[Any], dtype: Any) -> Iterator[tuple[str, Any]]:
         begun: Any = None  # the iterator of the next file
         for number, handle in enumerate(handles):
-            stream = handle.tensors() if begun is None else begun
+            stream = handle.tensors(dtype=dtype) if begun is None else begun
             begun = None
             left_bytes = handle.total_tensor_size
             try:
                 for name, tensor in stream:
-                    left_bytes -= tensor.nbytes
+                    left_bytes -= tensor.nbytes  # as it is handed out: about when is enough
                     if begun is None and left_bytes < _TAIL_BYTES and number + 1 < len(handles):
-                        begun = handles[number + 1].tensors()
+                        begun = handles[number + 1].tensors(dtype=dtype)
                     yield name, tensor
                     del tensor
             except BaseException:

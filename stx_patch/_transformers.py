@@ -57,7 +57,7 @@ def _materialize(entry: Any, device: Any, dtype: Any) -> Any:
     place = _device.place_of(handle, entry._name)
     if place.dtype is None:
         return None
-    load = _device.Load(handle, [place], _device.Target(index, staging_bytes, dtype), False)
+    load = _device.Load(handle, [place], _device.Target(index, staging_bytes, dtype))
     load.run()
     tensor = load.tensors[place.name]
     if dtype is not None and tensor.dtype != dtype:

@@ -15,7 +15,7 @@ from device_helpers import FakeCuda, calls_count, fake_library, set_faults
 from patch_helpers import run_python
 
 import stx_patch
-from stx_patch import _device
+from stx_patch import _device, _native
 
 MIB = 1 << 20
 
@@ -209,12 +209,66 @@ def test_a_file_that_was_cut(model, fake, tmp_path):
         handle.get_tensors()
 
 
-def test_progress(model, fake):
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pytest.mark.parametrize("streams", [False, True])
+def test_progress(model, fake, monkeypatch, streams, dtype):
+    monkeypatch.setattr("stx_patch._device_handle._PIECE_BYTES", 1 << 20)
+    monkeypatch.setattr("stx_patch._device._WINDOW_BYTES", 1 << 20)
+    monkeypatch.setattr("stx_patch._progress._INTERVAL_S", 0)
     told = []
-    stx_patch.load_file(model, device="cuda:0", progress=lambda *sizes: told.append(sizes))
+    options = {"device": "cuda:0", "progress": lambda *sizes: told.append(sizes)}
+    if streams:
+        for _ in stx_patch.safe_open(model, **options).tensors(dtype=dtype):
+            pass
+    else:
+        stx_patch.load_file(model, dtype=dtype, **options)
     with stx_patch.safe_open(model) as handle:
         total = handle.total_tensor_size
-    assert told[-1] == (total, total)
+    assert told[-1] == (total, total) and told == sorted(told)
+    assert len(told) > 1 or not (streams or dtype)
+
+
+def test_what_watches_progress_may_end_it(model, fake):
+    def refuse(done_bytes, total_bytes):
+        raise ZeroDivisionError
+
+    for dtype in (None, torch.float16):
+        with pytest.raises(ZeroDivisionError):
+            stx_patch.load_file(model, device="cuda:0", dtype=dtype, progress=refuse)
+    with pytest.raises(ZeroDivisionError):
+        list(stx_patch.safe_open(model, device="cuda:0", progress=refuse).tensors())
+
+
+@pytest.mark.parametrize("at", [0, 5, 300])
+def test_no_memory_on_the_device(model, fake, monkeypatch, at):
+    """All memory is asked for before anything is read."""
+    asked = []
+    allocate = FakeCuda.allocate
+
+    def refuse(self, shape, dtype, index):
+        asked.append(shape)
+        if len(asked) > at:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return allocate(self, shape, dtype, index)
+
+    monkeypatch.setattr(FakeCuda, "allocate", refuse)
+    stx_patch.reset_stats()
+    with pytest.raises(torch.OutOfMemoryError):
+        stx_patch.load_file(model, device="cuda:0")
+    assert stx_patch.stats().bytes_to_device == 0
+    monkeypatch.setattr(FakeCuda, "allocate", allocate)
+    assert_equal(stx_patch.load_file(model, device="cuda:0"), stx_patch.load_file(model))
+
+
+@pytest.mark.parametrize("count", [1, 10_000])
+def test_a_small_ring(tmp_path, fake, count):
+    """Eight megabytes of staging, for one tensor of 40 or for ten thousand small ones."""
+    path = tmp_path / "model.safetensors"
+    tensors = {f"t{n:05}": torch.rand(10 * MIB // count + n % 3) for n in range(count)}
+    safetensors.torch.save_file(tensors, path)
+    fake(delay_us="20")
+    found = stx_patch.load_file(path, device="cuda:11", staging_bytes="8MiB")
+    assert found.keys() == tensors.keys() and all(same(found[n], tensors[n]) for n in tensors)
 
 
 def test_without_a_device_it_is_stocks_to_refuse(model):
@@ -248,7 +302,7 @@ def converted(tensors, dtype):
     }
 
 
-@pytest.mark.parametrize("window_bytes", [1 << 12, 1 << 20, 1 << 30])
+@pytest.mark.parametrize("window_bytes", [1 << 15, 1 << 20, 1 << 30])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_converted_on_the_device(model, fake, monkeypatch, dtype, window_bytes):
     monkeypatch.setattr("stx_patch._device._WINDOW_BYTES", window_bytes)
@@ -281,9 +335,30 @@ def test_stored_bytes_are_never_there_whole(model, fake, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", 3, torch.int32])
-def test_what_is_no_dtype_to_load_as(model, dtype):
+def test_what_is_no_dtype_to_load_as(model, fake, dtype):
     with pytest.raises(TypeError, match="dtype"):
         stx_patch.load_file(model, dtype=dtype)
+    for device in ("cpu", "cuda:0"):
+        with pytest.raises(TypeError, match="dtype"):
+            stx_patch.safe_open(model, device=device).tensors(dtype=dtype)
+    with pytest.raises(TypeError, match="dtype"):
+        stx_patch.safe_open([model]).tensors(dtype)
+
+
+@pytest.mark.parametrize("source", ["one", "many", "stock"])
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_a_stream_of_another_dtype(model, fake, monkeypatch, device, source):
+    monkeypatch.setattr("stx_patch._device_handle._PIECE_BYTES", 1 << 20)
+    expected = converted(stx_patch.load_file(model), torch.bfloat16)
+    if source == "stock":
+        monkeypatch.setattr(_native, "core", None)
+        device = "cpu"
+    handle = stx_patch.safe_open([model] if source == "many" else model, device=device)
+    found = dict(handle.tensors(dtype=torch.bfloat16))
+    assert_equal(dict(sorted(found.items())), dict(sorted(expected.items())))
+    stream = handle.tensors(torch.bfloat16)
+    next(stream)
+    stream.close()
 
 
 # --- transformers ---

@@ -203,8 +203,8 @@ def compare(suite: Suite, plain: dict[str, Any], patched: dict[str, Any]) -> lis
     for results in (plain, patched):
         if results["version"] != suite.version:
             wrong.append(f"{suite.package} {results['version']} was tested")
-    if plain["patched"] or not patched["patched"]:
-        wrong.append("the patch was in force in the wrong run")
+    if plain["patched"] or not patched["patched"] or not patched["tensors_native"]:
+        wrong.append("the patch was in force in the wrong run, or served nothing")
     for test in sorted(plain["outcomes"].keys() | patched["outcomes"].keys()):
         before, after = (results["outcomes"].get(test, "absent") for results in (plain, patched))
         if before != after:

@@ -25,8 +25,9 @@ PyObject *stx_py_device_place(PyObject *py_module, PyObject *py_arguments) {
     const uint64_t data_begin_bytes = handle->source.header.data_begin_bytes;
     const unsigned long long begin = data_begin_bytes + tensor->begin;
     const unsigned long long end = data_begin_bytes + tensor->end;
-    return Py_BuildValue("(sNKK)", stx_dtype_info(tensor->dtype)->name, stx_py_tensor_shape(tensor),
-                         begin, end);
+    const bool is_native = stx_py_owned_is_native(tensor);
+    return Py_BuildValue("(zNKK)", is_native ? stx_dtype_info(tensor->dtype)->torch_name : NULL,
+                         stx_py_tensor_shape(tensor), begin, end);
 }
 
 /* Fill `extents` from a list of (begin, end, address). The sum of their bytes, or -1 with an

@@ -16,7 +16,8 @@
 PyObject *stx_py_device_read(PyObject *py_module, PyObject *py_arguments);
 
 /* _C.device_place(handle, name) -> (dtype, shape, begin, end) of a kept tensor, offsets in the
- * file. NULL with SafetensorError. */
+ * file; `dtype` is torch's name for it, None where only stock makes it. NULL with
+ * SafetensorError. */
 PyObject *stx_py_device_place(PyObject *py_module, PyObject *py_arguments);
 
 /* _C.device_runtime() -> bool: torch has a runtime of a device in this process that we can use. */

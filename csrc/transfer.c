@@ -29,6 +29,8 @@ struct work {
     struct stx_err err;
 };
 
+static bool is_small(const struct work *work) { return work->plan.bytes_read < SMALL_BYTES; }
+
 /* --- what is read --- */
 
 /* The plan knows headers: one whose tensors are the extents. */
@@ -192,11 +194,14 @@ static enum stx_status read_all(struct work *work, struct stx_load_result *resul
                                                .done = piece_is_done,
                                                .keep_going = keep_going},
                                      .limits = way->limits};
-    const bool is_small = work->plan.bytes_read < SMALL_BYTES;
-    enum stx_status status = is_small ? STX_ERR_IO : stx_owned_run(&job, result, err);
-    give_back(work);
-    if (status == STX_ERR_IO && result->failed_file == STX_LOAD_NO_FILE) /* no engine, or no more */
-        status = read_plainly(work, result, err);
+    enum stx_status status = STX_OK;
+    bool plainly = is_small(work);
+    if (!plainly) {
+        status = stx_owned_run(&job, result, err);
+        give_back(work);
+        plainly = status == STX_ERR_IO && result->failed_file == STX_LOAD_NO_FILE; /* no engine */
+    }
+    if (plainly) status = read_plainly(work, result, err);
     give_back(work);
     return status;
 }
@@ -234,7 +239,7 @@ enum stx_status stx_transfer_run(const struct stx_transfer *transfer,
     if (status == STX_OK) status = cut(&work, err);
     if (status == STX_OK) status = work.device->ops->enter(work.device, &before, err);
     if (status == STX_OK) {
-        if (work.plan.bytes_read >= SMALL_BYTES)
+        if (!is_small(&work))
             stx_owned_way_open(way, transfer->file, work.plan.reads, work.plan.reads_count,
                                transfer->options);
         status = run_in_order(&work, result, way, err);

@@ -84,30 +84,6 @@ def index_in(device: Any) -> int | None:
     return None if found is None else int(found[1] or 0)
 
 
-def _dtypes() -> dict[str, Any]:
-    """Header dtype -> torch's, of those whose bytes are torch's too."""
-    import torch
-
-    names = {
-        "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E5M2": "float8_e5m2",
-        "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz",
-        "F8_E5M2FNUZ": "float8_e5m2fnuz", "I16": "int16", "U16": "uint16", "F16": "float16",
-        "BF16": "bfloat16", "I32": "int32", "U32": "uint32", "F32": "float32", "C64": "complex64",
-        "F64": "float64", "I64": "int64", "U64": "uint64",
-    }  # fmt: skip
-    return {name: getattr(torch, ours) for name, ours in names.items() if hasattr(torch, ours)}
-
-
-_known_dtypes: dict[str, Any] = {}
-
-
-def dtype_of(name: str) -> Any:
-    """torch's dtype for a header's; None for one that only stock makes."""
-    if not _known_dtypes:
-        _known_dtypes.update(_dtypes())
-    return _known_dtypes.get(name)
-
-
 class Target:
     """Where the tensors of a load go, and as what.
 
@@ -168,8 +144,11 @@ class Place:
 
 def place_of(handle: Any, name: str) -> Place:
     """Where a native handle has a tensor. Raises what the handle raises for a name it has not."""
+    import torch
+
     dtype, shape, begin, end = _native.core.device_place(handle, name)
-    return Place(name, dtype_of(dtype), shape, begin, end)
+    known = None if dtype is None else getattr(torch, dtype, None)
+    return Place(name, known, shape, begin, end)
 
 
 class Load:

@@ -2,6 +2,7 @@
 as another under TSan."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,6 +15,7 @@ CORE = sorted(path for path in (ROOT / "csrc").glob("*.c") if not path.name.star
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
 FUZZ = ROOT / "tests" / "fuzz"
 SANITIZERS = ["address,undefined", "thread"]
+WRAPPED = re.compile(r"\b__wrap_(\w+)")  # functions of the core that a program stands in for
 SKIPPED = 77
 
 
@@ -47,7 +49,7 @@ def test_program(core, tmp_path, program):
     sanitizer, _ = core
     binary = compile_program(core, tmp_path, program)
     environment = {"ASAN_OPTIONS": "detect_leaks=1"}
-    if "STX_FAKE_CUDART" in program.read_text():
+    if '"transferring.h"' in program.read_text():
         environment["STX_FAKE_CUDART"] = str(fake_runtime(sanitizer, tmp_path))
     if sanitizer == "thread":  # of this age it cannot live with the widest randomised addresses
         run("setarch", "-R", binary, **environment)
@@ -69,7 +71,9 @@ def compile_program(core, tmp_path, *sources):
     binary = tmp_path / sources[0].stem
     flags = ["-std=c11", "-D_GNU_SOURCE", *WARNINGS, *sanitize(sanitizer)]
     folders = ["-I", ROOT / "csrc", "-I", ROOT / "tests" / "c"]
-    libraries = [library, "-luring", "-lsimdjson", "-lstdc++", "-lpthread"]
+    wrapped = {name for path in sources for name in WRAPPED.findall(path.read_text())}
+    libraries = [f"-Wl,--wrap={name}" for name in sorted(wrapped)]
+    libraries += [library, "-luring", "-lsimdjson", "-lstdc++", "-lpthread"]
     compile_with("gcc", *flags, *folders, *sources, *libraries, "-o", binary)
     return binary
 

@@ -438,6 +438,30 @@ def test_from_pretrained_through_the_device(tmp_path, fake, monkeypatch):
         assert report.bytes_to_device >= sum(p.nbytes for p in plain.parameters())
 
 
+@pytest.mark.parametrize(
+    "device_map",
+    [{"": 0}, {"embed": "cuda:1", "layers": 0, "head": "cpu"}, {"embed": 0, "layers": "disk"}],
+    ids=["one", "several", "disk"],
+)
+def test_accelerates_device_maps(tmp_path, fake, device_map):
+    """What goes to a device goes through the core, and nothing else does."""
+    from accelerate.utils.modeling import load_state_dict
+
+    sizes = {"embed.weight": 700, "layers.0.weight": 300_000, "layers.1.weight": 5, "head": 9}
+    tensors = {name: torch.randn(size, 2) for name, size in sizes.items()}
+    path = str(tmp_path / "model.safetensors")
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    with stx_patch.patched() as report:
+        loaded = load_state_dict(path, device_map)
+    wanted = {name: tensor for name, tensor in tensors.items() if name in loaded}
+    assert all(same(loaded[name], tensor) for name, tensor in wanted.items())
+    assert report.fallbacks == {} and report.tensors_native == len(loaded)
+    places = {name: device_map.get(name.partition(".")[0], device_map.get("")) for name in sizes}
+    on_device = [name for name, place in places.items() if place not in (None, "cpu", "disk")]
+    assert set(on_device) <= loaded.keys()
+    assert report.bytes_to_device == sum(tensors[name].nbytes for name in on_device)
+
+
 # --- what is asked of torch ---
 
 

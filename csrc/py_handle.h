@@ -83,6 +83,10 @@ PyObject *stx_py_handle_load(struct stx_py_handle *self);
 int stx_py_source_open(struct stx_py_state *state, struct stx_source *source, PyObject *py_path,
                        enum stx_source_how how);
 
+/* The same for whoever makes no tensors of it, and so needs no torch. */
+int stx_py_source_read(struct stx_py_state *state, struct stx_source *source, PyObject *py_path,
+                       enum stx_source_how how);
+
 /* _C.open(path, rule, origin) -> handle. Opens natively or raises _C.Refused; what a filter raises
  * comes through as it is. `origin` is the Python object that reaches stock for this file. */
 PyObject *stx_py_handle_open(PyObject *py_module, PyObject *py_arguments);

@@ -11,6 +11,7 @@
 #include "py_device.h"
 #include "py_filter.h"
 #include "py_handle.h"
+#include "py_header.h"
 #include "py_keeps.h"
 #include "py_overlap.h"
 #include "py_plan.h"
@@ -95,6 +96,10 @@ static PyMethodDef module_methods[] = {
     /* py_plan.c */
     {"explain", stx_py_plan_explain, METH_VARARGS,
      PyDoc_STR("explain(path, rule, reads) -> dict; raises Refused")},
+    /* py_header.c */
+    {"read_header", stx_py_header_read, METH_VARARGS,
+     PyDoc_STR(
+         "read_header(path, rule) -> (fd, identity, metadata, entries, keep); raises Refused")},
     /* py_bytes.c */
     {"load_bytes", stx_py_bytes_load, METH_VARARGS,
      PyDoc_STR("load_bytes(data, rule) -> dict; raises Refused")},

@@ -103,10 +103,15 @@ static struct stx_py_handle *new_handle(struct stx_py_state *state, struct stx_s
 
 int stx_py_source_open(struct stx_py_state *state, struct stx_source *source, PyObject *py_path,
                        enum stx_source_how how) {
+    if (stx_py_err_load(state) != 0 || stx_py_torch_load(state) != 0) return -1;
+    return stx_py_source_read(state, source, py_path, how);
+}
+
+int stx_py_source_read(struct stx_py_state *state, struct stx_source *source, PyObject *py_path,
+                       enum stx_source_how how) {
     struct stx_err err;
     enum stx_status status;
     Py_ssize_t path_bytes = 0;
-    if (stx_py_err_load(state) != 0 || stx_py_torch_load(state) != 0) return -1;
     const char *path = PyUnicode_AsUTF8AndSize(py_path, &path_bytes);
     if (path == NULL || strlen(path) != (size_t)path_bytes) {
         PyErr_Clear();

@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import filters
-from ._errors import StxFilterWarning, StxWarning
+from ._errors import StxExtractWarning, StxFilterWarning, StxWarning
 from ._filter import TensorKey
 from ._options import Options
 from ._patch import is_patched, patch, patched, unpatch
@@ -25,6 +25,11 @@ from ._stats import Stats, reset_stats, stats
 if TYPE_CHECKING:
     from ._explain import Explanation as Explanation
     from ._explain import explain as explain
+    from ._extract import ExtractResult as ExtractResult
+    from ._extract import ExtractStream as ExtractStream
+    from ._extract import extract as extract
+    from ._extract import extract_stream as extract_stream
+    from ._extract import merge as merge
     from ._load import load_file as load_file
     from ._safe_open import SafeOpen as safe_open
 
@@ -32,15 +37,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
+    "ExtractResult",
+    "ExtractStream",
     "Options",
     "Stats",
+    "StxExtractWarning",
     "StxFilterWarning",
     "StxWarning",
     "TensorKey",
     "explain",
+    "extract",
+    "extract_stream",
     "filters",
     "is_patched",
     "load_file",
+    "merge",
     "patch",
     "patched",
     "reset_stats",
@@ -62,6 +73,10 @@ def __getattr__(name: str) -> Any:
         from . import _explain
 
         value = getattr(_explain, name)
+    elif name in ("ExtractResult", "ExtractStream", "extract", "extract_stream", "merge"):
+        from . import _extract
+
+        value = getattr(_extract, name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

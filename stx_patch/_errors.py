@@ -17,6 +17,10 @@ class StxFilterWarning(StxWarning):
     """A filter kept nothing of a set that was asked for as a whole."""
 
 
+class StxExtractWarning(StxWarning):
+    """Prefixes that match nothing of a model that is extracted."""
+
+
 def warn(text: str, category: type[StxWarning]) -> None:
     """Warn at the line outside this package that led here."""
     level = 1

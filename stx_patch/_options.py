@@ -41,13 +41,19 @@ def _size(name: str, value: object, words: tuple[str, ...]) -> int | str:
             return value
         matched = _SIZE.match(value)
         if matched is None or matched[2].lower() not in _UNITS:
-            raise ValueError(f"{name} must be a number of bytes or one of {words}, not {value!r}")
+            others = f" or one of {words}" if words else ', such as "5GB"'
+            raise ValueError(f"{name} must be a number of bytes{others}, not {value!r}")
         value = int(matched[1]) * _UNITS[matched[2].lower()]
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int or a str, not {type(value).__name__}")
     if not 0 <= value <= _MAX_BYTES:
         raise ValueError(f"{name} must be from 0 to {_MAX_BYTES}, not {value}")
     return value
+
+
+def size_of(name: str, value: object) -> int:
+    """A number of bytes, or text such as "5GB"; TypeError or ValueError, naming it, otherwise."""
+    return int(_size(name, value, ()))
 
 
 def _progress_target(value: object) -> Any:

@@ -15,12 +15,6 @@ from typing import Any, NoReturn
 
 from . import _dtype, _filter, _native, _options, _owned, _progress, _stats, _stock
 
-_BITS = {
-    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
-    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64,
-}  # fmt: skip
-
 
 class Origin:
     """The call that opened a native handle, and the way back to stock.
@@ -329,7 +323,7 @@ def keep_names(handle: Any, rule: _filter.Rule | None, filename: str | None) -> 
 
 def count_bytes(dtype: str, shape: list[int]) -> int:
     """The size of a tensor in the file, in bytes; 0 for a dtype that is not known here."""
-    bits = _BITS.get(dtype, 0)
+    bits = _dtype.BITS.get(dtype, 0)
     for extent in shape:
         bits *= extent
     return bits // 8

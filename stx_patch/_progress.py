@@ -19,6 +19,7 @@ Target = bool | str | Callable[[int, int], Any]
 
 _DELAY_S = 0.3  # a load that is over sooner shows no bar
 _INTERVAL_S = 0.05
+_TITLE = "Loading safetensors"
 _warned = False
 
 
@@ -28,12 +29,23 @@ class Progress:
     Args:
         target: True for a bar where stderr is a terminal, "force" for a bar anyway, or a callable
             that is given (done_bytes, total_bytes); what it raises ends the load.
+        title: of the bar.
     """
 
-    __slots__ = ("_bar", "_done", "_lock", "_shown_at", "_shown_bytes", "_target", "total_bytes")
+    __slots__ = (
+        "_bar",
+        "_done",
+        "_lock",
+        "_shown_at",
+        "_shown_bytes",
+        "_target",
+        "_title",
+        "total_bytes",
+    )
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, title: str = _TITLE) -> None:
         self._target = target
+        self._title = title
         # A collection in the middle of a bar may end another load of these files.
         self._lock = threading.RLock()
         self.total_bytes = 0  # of all files; 0: of the one that reports
@@ -90,7 +102,7 @@ class Progress:
     def _show(self, done_bytes: int, total_bytes: int) -> None:
         bar = self._bar
         if bar is None:
-            bar = self._bar = _make_bar(total_bytes)
+            bar = self._bar = _make_bar(self._title, total_bytes)
         if bar is not None:
             bar.update(done_bytes - bar.n)
 
@@ -114,11 +126,11 @@ class Part:
             self._whole.finish()
 
 
-def make_progress(target: Target) -> Progress | None:
+def make_progress(target: Target, title: str = _TITLE) -> Progress | None:
     """The progress of an option's value, or None for none."""
     if target is False or (target is True and not _is_terminal()):
         return None
-    return Progress(target)
+    return Progress(target, title)
 
 
 def _is_terminal() -> bool:
@@ -128,7 +140,7 @@ def _is_terminal() -> bool:
         return False
 
 
-def _make_bar(total_bytes: int) -> Any:
+def _make_bar(title: str, total_bytes: int) -> Any:
     global _warned
     try:
         from tqdm.auto import tqdm
@@ -139,7 +151,7 @@ def _make_bar(total_bytes: int) -> Any:
         return None
     return tqdm(
         total=total_bytes,
-        desc="Loading safetensors",
+        desc=title,
         unit="B",
         unit_scale=True,
         delay=_DELAY_S,

@@ -43,7 +43,7 @@ def open_files(
         unopened = [name for name, file in files.index.items() if file in others]
     handles = _open_all(paths, rule, opener)
     try:
-        for number, names in _settle(files, paths, handles).items():
+        for number, names in settle(files, paths, handles).items():
             rest = frozenset(handles[number].offset_keys()).difference(names)
             handles[number].__exit__(None, None, None)
             handles[number] = opener(paths[number], ("names", rest))  # nobody is asked again
@@ -126,7 +126,7 @@ def _open_beside(
         raise errors[min(errors)]
 
 
-def _settle(files: Files, paths: list[str], handles: list[Any]) -> dict[int, list[str]]:
+def settle(files: Files, paths: list[str], handles: list[Any]) -> dict[int, list[str]]:
     """File -> names that it has and that count in another one."""
     shadowed: dict[int, list[str]] = {}
     core = _native.core

@@ -43,6 +43,7 @@ LAYERS = [
         "py_owned",
         "py_stream",
         "py_bytes",
+        "py_header",
         "py_overlap",
         "py_patience",
         "py_device",

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The header of a file for whoever copies or lists tensors and makes none: torch is not needed.
+
+The core reads and checks it. What the core will not serve, stock is asked about: its error is
+raised, or, if it opens the file, the header that it accepted is read here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from typing import Any
+
+from . import _filter, _native, _stock
+
+PREFIX_BYTES = 8
+Entry = tuple[str, str, list[int], int, int]  # name, dtype, shape, begin and end in the file
+Identity = tuple[int, int, int, int]  # device, inode, size_bytes, mtime_ns
+
+
+class Header:
+    """A file's header, and a descriptor of that very file until it is closed.
+
+    Attributes:
+        path: as it was given.
+        fd: the descriptor.
+        metadata: `__metadata__`, or None.
+        entries: of all tensors, in file order.
+        kept: of those that the rule keeps.
+    """
+
+    __slots__ = ("_identity", "entries", "fd", "kept", "metadata", "path")
+
+    def __init__(
+        self,
+        path: str,
+        fd: int,
+        identity: Identity,
+        metadata: dict[str, str] | None,
+        entries: list[Entry],
+        keep: bytes | None,
+    ) -> None:
+        self.path = path
+        self.fd = fd
+        self._identity = identity
+        self.metadata = metadata
+        self.entries = entries
+        self.kept = entries
+        if keep is not None:
+            self.kept = [entry for entry, is_kept in zip(entries, keep, strict=True) if is_kept]
+
+    def keep_names(self, names: frozenset[str]) -> None:
+        """Keep these of what is kept."""
+        self.kept = [entry for entry in self.kept if entry[0] in names]
+
+    def offset_keys(self) -> list[str]:
+        """Names of what is kept, in file order."""
+        return [entry[0] for entry in self.kept]
+
+    def _all_names(self) -> list[str]:
+        return [entry[0] for entry in self.entries]
+
+    def check_unchanged(self) -> None:
+        """SafetensorError if somebody has written to the file since it was opened."""
+        if _identity_of(self.fd) != self._identity:
+            raise _stock.SafetensorError(f"{self.path} was changed while it was read")
+
+    def close(self) -> None:
+        """Close the descriptor. Closed already is fine."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Header:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()
+
+
+def read_header(path: str, rule: _filter.Rule | None = None) -> Header:
+    """The header of the file at `path`.
+
+    Raises:
+        FileNotFoundError, OSError, SafetensorError: what opening it with safetensors raises.
+        Exception: what a callable filter raises.
+    """
+    _stock.take()
+    if _native.core is not None:
+        try:
+            return Header(path, *_native.core.read_header(path, rule))
+        except _native.core.Refused as refusal:
+            if refusal.args[0] == "memory":
+                raise MemoryError(f"{path}: {refusal.args[1]}") from None
+    return _read_stocks(path, rule)
+
+
+def open_with_stock(path: str) -> Any:
+    """A handle of stock's. numpy is enough for it, where torch would take seconds to import."""
+    try:
+        import numpy  # noqa: F401
+
+        framework = "np"
+    except ImportError:
+        framework = "pt"
+    with _stock.bypass():
+        return _stock.safe_open(path, framework=framework)
+
+
+def _read_stocks(path: str, rule: _filter.Rule | None) -> Header:
+    with open_with_stock(path):  # raises for whatever is no safetensors file
+        pass
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        identity = _identity_of(fd)
+        size_bytes = int.from_bytes(os.pread(fd, PREFIX_BYTES, 0), "little")
+        text = _read_exactly(fd, PREFIX_BYTES, size_bytes)
+        pairs: list[tuple[str, Any]] = json.loads(text, object_pairs_hook=list)
+        data_begin = PREFIX_BYTES + size_bytes
+        metadata, entries = None, list[Entry]()
+        for name, value in pairs:
+            fields = dict(value or ())
+            if name == "__metadata__":
+                metadata = fields if value is not None else None
+                continue
+            begin, end = fields["data_offsets"]
+            shape = list(fields["shape"])
+            entries.append((name, fields["dtype"], shape, data_begin + begin, data_begin + end))
+        if len({entry[0] for entry in entries}) != len(entries):
+            raise _stock.SafetensorError(f"{path}: two tensors have the same name")
+        entries.sort(key=lambda entry: entry[3:])
+        return Header(path, fd, identity, metadata, entries, _ask(rule, entries, path))
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _ask(rule: _filter.Rule | None, entries: list[Entry], path: str) -> bytes | None:
+    if rule is None:
+        return None
+    keys = (
+        _filter.TensorKey(name, dtype, tuple(shape), end - begin, path)
+        for name, dtype, shape, begin, end in entries
+    )
+    return bytes(_filter.matches(rule, key) for key in keys)
+
+
+def _read_exactly(fd: int, offset: int, size_bytes: int) -> bytes:
+    parts = []
+    while size_bytes > 0:
+        part = os.pread(fd, size_bytes, offset)
+        if not part:
+            raise _stock.SafetensorError("the file ends within its header")
+        parts.append(part)
+        offset += len(part)
+        size_bytes -= len(part)
+    return b"".join(parts)
+
+
+def _identity_of(fd: int) -> Identity:
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

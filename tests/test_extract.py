@@ -1,0 +1,643 @@
+"""Proves: what is extracted is what the filter keeps, bit for bit, in a file that safetensors could
+have written; and under the target's name there is that file or nothing."""
+
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import safetensors
+import torch
+from helpers import DTYPE_BITS, STOCK, in_a_child, to_bytes, write_raw
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from patch_helpers import run_python
+from safetensors.torch import save_file
+from test_parity import files
+
+import stx_patch
+from stx_patch import _header, _native, _writer, filters
+
+MIB = 1 << 20
+
+
+def raw_tensors(path):
+    """Name -> (dtype, shape, bytes), by the format's own rules."""
+    data = path.read_bytes()
+    size_bytes = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size_bytes])
+    metadata = header.pop("__metadata__", None)
+    begin = 8 + size_bytes
+    return metadata, {
+        name: (
+            entry["dtype"],
+            entry["shape"],
+            data[begin + entry["data_offsets"][0] : begin + entry["data_offsets"][1]],
+        )
+        for name, entry in header.items()
+    }
+
+
+def leftovers(folder):
+    return [name for name in os.listdir(folder) if name.endswith(".tmp")]
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A file of some layers."""
+    torch.manual_seed(0)
+    tensors = {
+        f"model.layers.{n}.{part}.weight": torch.randn(5, n + 1).to(dtype)
+        for n in range(12)
+        for part, dtype in (("a", torch.float32), ("b", torch.bfloat16), ("c", torch.int8))
+    }
+    tensors["model.embed.weight"] = torch.randn(300, 7)
+    tensors["empty"] = torch.empty(0, 3)
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    return path
+
+
+@pytest.fixture
+def target(tmp_path):
+    return tmp_path / "part.safetensors"
+
+
+# --- what is written ---
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("extract")
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(file=files(), data=st.data())
+def test_round_trip(place, file, data):
+    source, first, again = (place / name for name in ("source", "first", "again"))
+    write_raw(source, *file)
+    metadata, tensors = raw_tensors(source)
+    chosen = frozenset(data.draw(st.lists(st.sampled_from(sorted(tensors) or [""]))))
+    kept = {name: tensor for name, tensor in tensors.items() if name in chosen}
+    if not kept:
+        with pytest.raises(ValueError, match="keeps nothing"):
+            stx_patch.extract(source, first, tensor_filter=chosen.__contains__, overwrite=True)
+        return
+    for target in (first, again):
+        result = stx_patch.extract(source, target, tensor_filter=chosen, overwrite=True)
+        assert result.paths == (str(target),)
+        assert (result.tensors, result.tensors_total) == (len(kept), len(tensors))
+        assert result.size_bytes == sum(len(tensor[2]) for tensor in kept.values())
+        assert result.total_bytes == sum(len(tensor[2]) for tensor in tensors.values())
+    assert raw_tensors(first) == (metadata, kept)
+    assert first.read_bytes() == again.read_bytes()
+    handle = STOCK.safe_open(first, "pt")
+    assert sorted(kept) == handle.keys() and handle.metadata() == metadata
+    source_handle = STOCK.safe_open(source, "pt")
+    for name, (dtype, shape, _) in kept.items():
+        if dtype.startswith("F6") or len(shape) == 0:
+            continue  # torch has none, or stock's own tensor of it differs
+        try:
+            expected = source_handle.get_tensor(name)
+        except (safetensors.SafetensorError, RuntimeError):
+            continue
+        assert to_bytes(handle.get_tensor(name)) == to_bytes(expected)
+
+
+def test_everything_equals_what_safetensors_writes(tmp_path, target):
+    """All dtypes of whole bytes, in an order of safetensors' own: the same bytes."""
+    tensors = {}
+    for number, (dtype, bits) in enumerate(DTYPE_BITS.items()):
+        if bits < 8:
+            continue
+        for name in (f"z{number}", f"a.{number}", f"é{number}"):
+            values = np.frombuffer(random.Random(name).randbytes(bits), np.uint8)
+            tensors[name] = (dtype, values)
+    specs = {}
+    for name, (dtype, values) in tensors.items():
+        shape = [values.nbytes * 8 // DTYPE_BITS[dtype]]
+        specs[name] = make_spec(dtype, shape, values)
+    data = safetensors.serialize(specs, {"format": "pt"})
+    source = tmp_path / "source.safetensors"
+    source.write_bytes(data)
+    stx_patch.extract(source, target)
+    assert target.read_bytes() == source.read_bytes()
+    shuffled = tmp_path / "shuffled.safetensors"
+    entries = raw_tensors(source)[1]
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name in random.Random(1).sample(sorted(entries), len(entries)):
+        dtype, shape, part = entries[name]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(part)]}
+        at += len(part)
+    write_raw(shuffled, header, b"".join(entries[name][2] for name in list(header)[1:]))
+    stx_patch.extract(shuffled, target, overwrite=True)
+    assert target.read_bytes() == source.read_bytes()
+
+
+def make_spec(dtype, shape, values):
+    """A tensor as this safetensors takes it."""
+    if hasattr(safetensors, "TensorSpec"):
+        names = {
+            "BOOL": "bool", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn",
+            "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+            "F8_E5M2FNUZ": "float8_e5m2fnuz", "BF16": "bfloat16", "C64": "complex64",
+        }  # fmt: skip
+        plain = {"F": "float", "I": "int", "U": "uint"}
+        name = names.get(dtype) or plain[dtype[0]] + dtype[1:]
+        address = values.__array_interface__["data"][0]
+        return safetensors.TensorSpec(
+            dtype=name, shape=shape, data_ptr=address, data_len=values.nbytes
+        )
+    return {"dtype": dtype, "shape": shape, "data": values.tobytes()}
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"format": "pt", "z": "1", "a": 'é"\n'}])
+def test_metadata_is_kept(tmp_path, target, metadata):
+    entry = {"w": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}
+    header = entry if metadata is None else {"__metadata__": metadata, **entry}
+    source = write_raw(tmp_path / "source", header, b"ab")
+    stx_patch.extract(source, target)
+    assert raw_tensors(target)[0] == metadata
+    assert STOCK.safe_open(target, "pt").metadata() == metadata
+    assert int.from_bytes(target.read_bytes()[:8], "little") % 8 == 0
+
+
+def test_layers(model, target):
+    result = stx_patch.extract(model, target, prefixes=["model.layers.1", "model.embed.weight"])
+    stock = STOCK.load_file(model)
+    kept = {n: t for n, t in stock.items() if n.startswith(("model.layers.1.", "model.embed"))}
+    loaded = STOCK.load_file(target)
+    assert loaded.keys() == kept.keys() and result.tensors == 4
+    assert all(to_bytes(loaded[name]) == to_bytes(tensor) for name, tensor in kept.items())
+
+
+@pytest.mark.parametrize(
+    "tensor_filter", ["*.a.*", {"empty"}, filters.layers(2, 4), lambda key: key.nbytes < 30]
+)
+def test_any_filter(model, target, tensor_filter):
+    stx_patch.extract(model, target, tensor_filter=tensor_filter)
+    kept = stx_patch.load_file(model, tensor_filter=tensor_filter)
+    loaded = STOCK.load_file(target)
+    assert loaded.keys() == kept.keys()
+    assert all(to_bytes(loaded[name]) == to_bytes(tensor) for name, tensor in kept.items())
+
+
+def test_the_filter_in_force_counts(model, target):
+    with stx_patch.patched(tensor_filter="*.a.*"):
+        stx_patch.extract(model, target, tensor_filter=filters.layers(0, 2))
+        with pytest.raises(safetensors.SafetensorError, match=r"contain 'empty'"):
+            stx_patch.extract(model, target, names=["empty"], overwrite=True)
+    kept = {"model.layers.0.a.weight", "model.layers.1.a.weight"}
+    assert STOCK.load_file(target).keys() == kept
+
+
+# --- several files ---
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A transformers model in shards, and its tensors."""
+    from consumers.tiny import llama_config
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path / "llama"
+    LlamaForCausalLM(llama_config()).save_pretrained(folder, max_shard_size="20KB")
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 3
+    return folder, {name: t for shard in shards for name, t in STOCK.load_file(shard).items()}
+
+
+def test_a_model_split_and_merged_loads_equal(llama, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    folder, tensors = llama
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    first, second, whole = parts / "first", parts / "second", parts / "model.safetensors"
+    layers = ["model.layers.0", "model.layers.1"]
+    begin = stx_patch.extract(folder, first, prefixes=layers)
+    rest = filters.none_of(filters.prefixes(*layers))
+    end = stx_patch.extract(folder / "model.safetensors.index.json", second, tensor_filter=rest)
+    assert begin.tensors + end.tensors == len(tensors)
+    merged = stx_patch.merge([second, first], whole, check=True)
+    assert (merged.tensors, merged.tensors_total) == (len(tensors), len(tensors))
+    shutil.copy(folder / "config.json", parts)
+    whole_again = tmp_path / "again.safetensors"
+    stx_patch.extract(folder, whole_again)
+    assert whole_again.read_bytes() == whole.read_bytes()
+    before = LlamaForCausalLM.from_pretrained(folder).state_dict()
+    after = LlamaForCausalLM.from_pretrained(parts).state_dict()
+    assert before.keys() == after.keys()
+    assert all(to_bytes(after[name]) == to_bytes(tensor) for name, tensor in before.items())
+
+
+def test_shards_and_an_index(llama, tmp_path):
+    folder, tensors = llama
+    target = tmp_path / "sharded"
+    result = stx_patch.extract(folder, target, max_shard_size="15KB", check=True)
+    *shards, index = result.paths
+    assert [os.path.basename(path) for path in result.paths] == sorted(os.listdir(target))
+    assert len(shards) > 3 and index.endswith("model.safetensors.index.json")
+    weight_map = json.loads((target / "model.safetensors.index.json").read_text())["weight_map"]
+    for shard in shards:
+        loaded = STOCK.load_file(shard)
+        assert sum(t.nbytes for t in loaded.values()) <= 15_000 or len(loaded) == 1
+        assert {name for name, file in weight_map.items() if file == os.path.basename(shard)} == (
+            loaded.keys()
+        )
+    loaded = stx_patch.load_file(target)
+    assert loaded.keys() == tensors.keys()
+    assert all(to_bytes(loaded[name]) == to_bytes(tensor) for name, tensor in tensors.items())
+    one = stx_patch.extract(target, tmp_path / "one", max_shard_size="1GB")
+    assert [os.path.basename(path) for path in one.paths] == ["model.safetensors"]
+    with pytest.raises(FileExistsError, match=r"another model.*model-00001-of"):
+        stx_patch.extract(tmp_path / "one", target, max_shard_size="1GB", overwrite=True)
+    with pytest.raises(ValueError, match="max_shard_size"):
+        stx_patch.extract(folder, tmp_path / "no", max_shard_size="much")
+    assert not (tmp_path / "no").exists()
+
+
+def test_two_files_with_a_tensor_of_the_same_name(model, tmp_path, target):
+    twin = tmp_path / "twin.safetensors"
+    shutil.copy(model, twin)
+    with pytest.raises(safetensors.SafetensorError, match="two files have a tensor"):
+        stx_patch.merge([model, twin], target)
+    assert not target.exists() and not leftovers(tmp_path)
+
+
+def test_metadata_of_several_files(tmp_path, target):
+    for name, metadata in (("a", {"x": "1", "y": "2"}), ("b", {"x": "3", "z": "4"}), ("c", None)):
+        save_file({name: torch.zeros(1)}, tmp_path / name, metadata=metadata)
+    stx_patch.merge([tmp_path / "a", tmp_path / "b", tmp_path / "c"], target)
+    assert raw_tensors(target)[0] == {"x": "1", "y": "2", "z": "4"}
+
+
+# --- what is refused ---
+
+
+def refused(exception, match, source, target, **keywords):
+    """It raises, and leaves everything as it was."""
+    before = what_is_in(os.path.dirname(target))
+    with pytest.raises(exception, match=match) as caught:
+        stx_patch.extract(source, target, **keywords)
+    assert what_is_in(os.path.dirname(target)) == before
+    return caught.value
+
+
+def what_is_in(folder):
+    """The files of a folder that may not be there, and when they were written."""
+    if not os.path.isdir(folder):
+        return None
+    with os.scandir(folder) as entries:
+        return {entry.name: (entry.inode(), entry.stat().st_mtime_ns) for entry in entries}
+
+
+def test_missing_names(model, target):
+    refused(
+        safetensors.SafetensorError,
+        r"does not contain 'no\.1', 'no\.2'; nothing was written",
+        model,
+        target,
+        names=["no.2", "empty", "no.1"],
+    )
+
+
+def test_prefixes_that_match_nothing(model, target):
+    with pytest.warns(stx_patch.StxExtractWarning, match="'model.layers.99': the whole model"):
+        result = stx_patch.extract(model, target, prefixes=["model.layers.99"])
+    assert result.tensors == result.tensors_total
+    with pytest.warns(stx_patch.StxExtractWarning, match=r"begins with 'model.layers.99'$"):
+        result = stx_patch.extract(
+            model, target, prefixes=["model.layers.99", "model.layers.3"], overwrite=True
+        )
+    assert result.tensors == 3
+
+
+def test_what_is_refused(model, target, tmp_path):
+    refused(ValueError, "keeps nothing of .*model.safetensors", model, target, tensor_filter="x*")
+    refused(ValueError, "names or prefixes, not both", model, target, names=[], prefixes=[])
+    refused(TypeError, "prefixes is a list", model, target, prefixes="model")
+    refused(FileNotFoundError, "nothing.safetensors", tmp_path / "nothing.safetensors", target)
+    refused(FileNotFoundError, "No such file", model, tmp_path / "no" / "such" / "target")
+    refused(IsADirectoryError, str(tmp_path), model, tmp_path, overwrite=True)
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(model.read_bytes()[:-1])
+    refused(safetensors.SafetensorError, "incomplete metadata", cut, target)
+
+
+def test_a_target_that_exists(model, target):
+    target.write_bytes(b"precious")
+    error = refused(FileExistsError, "part.safetensors", model, target)
+    assert error.errno == errno.EEXIST and error.filename == str(target)
+    assert target.read_bytes() == b"precious"
+    stx_patch.extract(model, target, names=["empty"], overwrite=True)
+    assert STOCK.load_file(target).keys() == {"empty"}
+
+
+@pytest.mark.parametrize("link", [None, os.link, os.symlink])
+def test_the_source_as_target(model, target, link):
+    if link is None:
+        target = model
+    else:
+        link(model, target)
+    before = model.read_bytes()
+    refused(ValueError, "is what is read", model, target, overwrite=True)
+    assert model.read_bytes() == before
+
+
+def test_a_target_that_appears_meanwhile(model, target):
+    """Nobody's file is replaced without being asked."""
+
+    def appear(done_bytes, total_bytes):
+        target.write_bytes(b"somebody's")
+
+    with pytest.raises(FileExistsError):
+        stx_patch.extract(model, target, progress=appear)
+    assert target.read_bytes() == b"somebody's" and not leftovers(target.parent)
+
+
+def test_mode_bits_are_a_new_files(model, target):
+    before = os.umask(0o027)
+    try:
+        stx_patch.extract(model, target)
+    finally:
+        os.umask(before)
+    assert target.stat().st_mode & 0o777 == 0o640
+
+
+# --- what goes wrong on the way ---
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_what_progress_raises_leaves_nothing(model, target, error):
+    def fail(done_bytes, total_bytes):
+        assert leftovers(target.parent)
+        raise error
+
+    with pytest.raises(error):
+        stx_patch.extract(model, target, progress=fail)
+    assert not target.exists() and not leftovers(target.parent)
+
+
+def test_progress_reaches_the_end(llama, tmp_path):
+    seen = []
+    result = stx_patch.extract(
+        llama[0], tmp_path / "s", max_shard_size="15KB", progress=lambda *at: seen.append(at)
+    )
+    assert seen == sorted(seen) and seen[-1] == (result.size_bytes, result.size_bytes)
+
+
+def test_a_full_disk(model, tmp_path, target):
+    """The kernel refuses to make the file longer."""
+
+    def work():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+        try:
+            stx_patch.extract(model, target)
+        except OSError as error:
+            return 0 if (error.errno, error.filename) == (errno.EFBIG, str(target)) else 2
+        return 1
+
+    assert in_a_child(work) == 0
+    assert not target.exists() and not leftovers(tmp_path)
+
+
+def test_a_source_that_is_changed_meanwhile(model, target):
+    def change(done_bytes, total_bytes):
+        os.utime(model, ns=(1, 1))
+
+    with pytest.raises(safetensors.SafetensorError, match=r"model\.safetensors was changed"):
+        stx_patch.extract(model, target, progress=change)
+    assert not target.exists() and not leftovers(target.parent)
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_a_source_that_is_cut_meanwhile(model, target, monkeypatch, copies):
+    if not copies:
+        forbid_copying(monkeypatch, errno.EXDEV)
+    real = _writer.Draft.fill
+
+    def cut(self, *arguments):
+        os.truncate(model, model.stat().st_size - 4000)
+        real(self, *arguments)
+
+    monkeypatch.setattr(_writer.Draft, "fill", cut)
+    with pytest.raises(safetensors.SafetensorError, match=r"model\.safetensors: file truncated at"):
+        stx_patch.extract(model, target)
+    assert not target.exists() and not leftovers(target.parent)
+
+
+def forbid_copying(monkeypatch, number):
+    def refuse(*arguments, **keywords):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EINVAL, errno.ENOSYS])
+def test_where_the_kernel_does_not_copy(model, target, monkeypatch, number):
+    forbid_copying(monkeypatch, number)
+    stx_patch.extract(model, target, check=True)
+    assert target.read_bytes() == model.read_bytes()
+
+
+def test_where_there_are_no_hard_links(model, target, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.EPERM, "no links")
+
+    monkeypatch.setattr(os, "link", refuse)
+    stx_patch.extract(model, target)
+    assert target.read_bytes() == model.read_bytes()
+    refused(FileExistsError, "part", model, target)
+
+
+def test_checking_finds_a_wrong_byte(model, target, monkeypatch):
+    real = _writer._copy_in_kernel
+
+    def spoil(source, begin, fd, path, size_bytes):
+        copied_bytes = real(source, begin, fd, path, size_bytes)
+        os.pwrite(fd, b"\xa5\x5a", os.lseek(fd, 0, os.SEEK_CUR) - 2)
+        return copied_bytes
+
+    monkeypatch.setattr(_writer, "_copy_in_kernel", spoil)
+    with pytest.raises(safetensors.SafetensorError, match=r"tensor \S+ is not what .*model\.safe"):
+        stx_patch.extract(model, target, check=True)
+    assert not target.exists() and not leftovers(target.parent)
+    stx_patch.extract(model, target)  # nobody looked
+
+
+def test_a_header_that_was_written_wrongly(model, target, monkeypatch):
+    real = _writer.Layout.__init__
+
+    def spoil(self, *arguments):
+        real(self, *arguments)
+        self.header = self.header.replace(b'"F32","shape":[300,7]', b'"F32","shape":[7,300]')
+
+    monkeypatch.setattr(_writer.Layout, "__init__", spoil)
+    with pytest.raises(RuntimeError, match=r"embed\.weight was written as something else"):
+        stx_patch.extract(model, target)
+    assert not target.exists() and not leftovers(target.parent)
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    """512 MiB of zeros that lie on no disk, and a folder in memory to copy them to, if there is
+    one."""
+    folder = tmp_path_factory.mktemp("sparse")
+    source = folder / "sparse.safetensors"
+    size_bytes = 512 * MIB
+    entry = {"dtype": "U8", "shape": [size_bytes], "data_offsets": [0, size_bytes]}
+    write_raw(source, {"w": entry})
+    os.truncate(source, source.stat().st_size + size_bytes)
+    memory = "/dev/shm"
+    usable = os.path.isdir(memory) and shutil.disk_usage(memory).free > 2 * size_bytes
+    target = os.path.join(memory, f"stx-extract-{os.getpid()}") if usable else folder / "target"
+    os.mkdir(target)
+    yield source, str(target)
+    shutil.rmtree(target)
+
+
+def test_killed_in_the_middle(sparse):
+    """Whenever it is killed, there is the whole file under the target's name, or none."""
+    source, folder = sparse
+    target = os.path.join(folder, "target.safetensors")
+    start = time.monotonic()
+    stx_patch.extract(source, target)
+    needed_s = time.monotonic() - start
+    size_bytes = os.path.getsize(target)
+    os.unlink(target)
+    while_copying, draw = 0, random.Random(3)
+    for _ in range(50):
+        child = os.fork()
+        if child == 0:
+            stx_patch.extract(source, target)
+            os._exit(0)
+        while not leftovers(folder):
+            if os.path.exists(target):
+                break
+        time.sleep(draw.uniform(0, 0.8 * needed_s))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        while_copying += bool(leftovers(folder))
+        if os.path.exists(target):
+            assert os.path.getsize(target) == size_bytes
+            assert STOCK.safe_open(target, "pt").keys() == ["w"]
+        for name in os.listdir(folder):
+            os.unlink(os.path.join(folder, name))
+    assert while_copying >= 30
+
+
+def test_it_is_not_held_in_memory(sparse):
+    """512 MiB go through a process that may have 64 MiB more than it has."""
+    source, folder = sparse
+    target = os.path.join(folder, "bounded.safetensors")
+    assert stx_patch.extract  # its modules are imported
+
+    def work():
+        for line in open("/proc/self/status"):
+            if line.startswith("VmData"):
+                now_bytes = int(line.split()[1]) * 1024
+        resource.setrlimit(resource.RLIMIT_DATA, (now_bytes + 64 * MIB,) * 2)
+        stx_patch.extract(source, target, check=True)
+        return 0
+
+    assert in_a_child(work) == 0
+    os.unlink(target)
+
+
+# --- as a stream ---
+
+
+@pytest.mark.parametrize("block_bytes", [1, 100, 1 << 20])
+def test_a_stream_is_the_file(model, target, block_bytes):
+    stx_patch.extract(model, target, tensor_filter="*.b.*")
+    keywords = {"tensor_filter": "*.b.*", "block_bytes": block_bytes}
+    with stx_patch.extract_stream(model, **keywords) as stream:
+        for _ in range(2):
+            blocks = list(stream)
+            assert b"".join(blocks) == target.read_bytes()
+            assert stream.size_bytes == target.stat().st_size and stream.tensors == 12
+            assert max(map(len, blocks)) <= block_bytes and {type(b) for b in blocks} == {bytes}
+    with pytest.raises(ValueError, match="closed"):
+        list(stream)
+
+
+def test_a_stream_of_what_changes(model):
+    stream = stx_patch.extract_stream(model)
+    blocks = iter(stream)
+    next(blocks)
+    os.utime(model, ns=(1, 1))
+    with pytest.raises(safetensors.SafetensorError, match="was changed"):
+        list(blocks)
+    with pytest.raises(ValueError, match="block_bytes"):
+        stx_patch.extract_stream(model, block_bytes=0)
+
+
+def test_nothing_stays_open(model, target, tmp_path):
+    before = set(os.listdir("/proc/self/fd"))
+    stx_patch.extract(model, target)
+    with stx_patch.extract_stream(model) as stream:
+        next(iter(stream))
+    for keywords in ({"names": ["no"]}, {"tensor_filter": "no"}):
+        with pytest.raises(Exception, match=r"no|nothing"):
+            stx_patch.extract(model, target, **keywords)
+    with pytest.raises(safetensors.SafetensorError):
+        stx_patch.merge([model, target], tmp_path / "both")
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+# --- who reads the header ---
+
+
+@pytest.fixture
+def without_core(monkeypatch):
+    monkeypatch.setattr(_native, "core", None)
+
+
+def test_without_the_core(model, target, without_core):
+    stx_patch.extract(model, target, tensor_filter=lambda key: key.dtype != "F32")
+    assert STOCK.load_file(target).keys() == {
+        name for name, t in STOCK.load_file(model).items() if t.dtype != torch.float32
+    }
+    stx_patch.extract(model, target, overwrite=True)
+    assert target.read_bytes() == model.read_bytes()
+
+
+def test_headers_are_the_same_with_and_without_the_core(model, without_core, monkeypatch):
+    stocks = _header.read_header(str(model))
+    monkeypatch.undo()
+    cores = _header.read_header(str(model))
+    assert cores.entries == stocks.entries and cores.metadata == stocks.metadata
+    stocks.check_unchanged()
+    cores.check_unchanged()
+
+
+def test_what_only_stock_opens(tmp_path, target):
+    """Nested deeper than our parser goes, in a field that nobody reads."""
+    deep = "[" * 1500 + "]" * 1500
+    text = f'{{"w":{{"dtype":"U8","shape":[2],"data_offsets":[0,2],"x":{deep}}}}}'
+    source = write_raw(tmp_path / "deep", text.encode(), b"ab")
+    try:
+        STOCK.safe_open(source, "pt")
+    except safetensors.SafetensorError as error:
+        refused(safetensors.SafetensorError, str(error)[:30], source, target)
+        return
+    stx_patch.extract(source, target)
+    assert raw_tensors(target)[1] == {"w": ("U8", [2], b"ab")}
+
+
+def test_torch_is_not_imported(model, target):
+    run_python(f"""
+        import sys
+        import stx_patch
+        stx_patch.extract({str(model)!r}, {str(target)!r}, tensor_filter="*.a.*", check=True)
+        assert "torch" not in sys.modules
+    """)

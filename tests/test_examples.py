@@ -1,4 +1,5 @@
-"""Proves: the examples of README.md and docs/USAGE.md run as they stand, and print what they show.
+"""Proves: the examples of README.md, docs/USAGE.md and docs/EXTRACT.md run as they stand, and print
+what they show.
 
 The recipes of docs/FILTERS.md have tests of their own (test_recipes.py).
 """
@@ -34,7 +35,7 @@ def blocks(document):
 
 EXAMPLES = [
     pytest.param(text, id=f"{Path(document).stem}-{line}")
-    for document in ("README.md", "docs/USAGE.md")
+    for document in ("README.md", "docs/USAGE.md", "docs/EXTRACT.md")
     for line, text in blocks(document)
 ]
 
@@ -53,16 +54,20 @@ def world(tmp_path, monkeypatch):
     safetensors.torch.save_file(tensors, "model.safetensors")
     model = save_sharded_model(tmp_path / "folder/of/a/model")
     os.symlink(model, tmp_path / "llama")
+    os.symlink(model, tmp_path / "model")
     for file in model.iterdir():
         (tmp_path / "folder" / file.name).symlink_to(file)
     assert drop_from_cache(tmp_path / "model.safetensors")
-    shown = []
+    shown, sent = [], []
     namespace = {
         "stx_patch": stx_patch,
         "filters": filters,
         "torch": torch,
         "name": names[3],
         "path": "model.safetensors",
+        "sent": sent,
+        "send": sent.append,
+        "send_header": lambda size_bytes: None,
         "show": lambda done_bytes, total_bytes: shown.append((done_bytes, total_bytes)),
     }
     return namespace, shown
@@ -95,6 +100,8 @@ def test_it_runs_as_it_stands(text, world):
             exec(compile(text, "example", "exec"), namespace)
         if "path, progress=show" in text:
             assert shown[-1] == (8 * LAYER * 4, 8 * LAYER * 4)
+        if "extract_stream" in text:
+            assert sum(map(len, namespace["sent"])) == namespace["stream"].size_bytes > 0
         if "AutoModelForCausalLM" in text:
             assert namespace["model"] is not None and stx_patch.stats().keys_skipped > 0
     finally:

@@ -41,7 +41,7 @@ test-cuda: ## the tests that need a CUDA device
 	@$(VENV)/python -m pytest -m cuda
 
 # Those tests that compare with stock, against the release that comes next.
-NEXT_TESTS := parity slices storage bad_input header_errors patch patch_homes filter stats
+NEXT_TESTS := parity slices storage bad_input header_errors patch patch_homes filter stats extract
 test-next: ## the tests of being a drop-in, against the next safetensors
 	@$(SET_UP) with-upstream
 	@for site in .upstream/site-*; do \

@@ -19,9 +19,10 @@ static PyObject *make_entry(struct stx_py_names *names, size_t index) {
     if (py_name == NULL) return NULL;
     PyObject *py_shape = stx_py_tensor_shape(tensor);
     if (py_shape == NULL) return NULL;
-    return Py_BuildValue("(OsNKK)", py_name, stx_dtype_info(tensor->dtype)->name, py_shape,
-                         (unsigned long long)(header->data_begin_bytes + tensor->begin),
-                         (unsigned long long)(header->data_begin_bytes + tensor->end));
+    const unsigned long long begin = header->data_begin_bytes + tensor->begin;
+    const unsigned long long end = header->data_begin_bytes + tensor->end;
+    return Py_BuildValue("(OsNKK)", py_name, stx_dtype_info(tensor->dtype)->name, py_shape, begin,
+                         end);
 }
 
 static PyObject *list_entries(struct stx_py_names *names) {

@@ -124,13 +124,11 @@ def _read_stocks(path: str, rule: _filter.Rule | None) -> Header:
         data_begin = PREFIX_BYTES + size_bytes
         metadata, entries = None, list[Entry]()
         for name, value in pairs:
-            fields = dict(value or ())
             if name == "__metadata__":
-                metadata = fields if value is not None else None
+                metadata = None if value is None else dict(value)
                 continue
-            begin, end = fields["data_offsets"]
-            shape = list(fields["shape"])
-            entries.append((name, fields["dtype"], shape, data_begin + begin, data_begin + end))
+            dtype, shape, (begin, end) = _fields_of(value)
+            entries.append((name, dtype, shape, data_begin + begin, data_begin + end))
         if len({entry[0] for entry in entries}) != len(entries):
             raise _stock.SafetensorError(f"{path}: two tensors have the same name")
         entries.sort(key=lambda entry: entry[3:])
@@ -138,6 +136,16 @@ def _read_stocks(path: str, rule: _filter.Rule | None) -> Header:
     except BaseException:
         os.close(fd)
         raise
+
+
+def _fields_of(value: list[Any]) -> tuple[str, list[int], list[int]]:
+    """dtype, shape and offsets of an entry as JSON has it, with objects as lists of pairs. Stock
+    also takes the fields as an array, in this order, and a dtype as {"F32": null}."""
+    if value and isinstance(value[0], tuple):
+        fields = dict(value)
+        value = [fields["dtype"], fields["shape"], fields["data_offsets"]]
+    dtype, shape, offsets = value
+    return dtype if isinstance(dtype, str) else dtype[0][0], shape, offsets
 
 
 def _ask(rule: _filter.Rule | None, entries: list[Entry], path: str) -> bytes | None:

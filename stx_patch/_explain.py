@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from . import _files, _filter, _native, _options, _origin, _sharded, _stock
+from ._cli_text import count_text, size_text
 from ._request import Request, explain_refusal, fspath, is_cpu, refuse, stock_keywords
 
 _HOW = {
@@ -84,8 +85,8 @@ class FileExplanation:
         lines = [
             f"{self.filename}: {served}; {_HOW[self.policy]}",
             f"  kept     {_tensors(self.tensors_kept)} of {tensors:,},"
-            f" {_size(self.bytes_kept)} of {_size(total_bytes)}",
-            f"  skipped  {_tensors(self.tensors_skipped)}, {_size(self.bytes_skipped)}",
+            f" {size_text(self.bytes_kept)} of {size_text(total_bytes)}",
+            f"  skipped  {_tensors(self.tensors_skipped)}, {size_text(self.bytes_skipped)}",
         ]
         if self.native and self.tensors_by_stock:
             lines.append(
@@ -93,9 +94,9 @@ class FileExplanation:
             )
         if self.bytes_expected is not None:
             lines.append(
-                f"  to read  {_size(self.bytes_expected)} with the header:"
-                f" {_count(self.reads, 'read')} of {_count(len(self.spans), 'span')};"
-                f" in the page cache now: {_size(self.bytes_cached or 0)}"
+                f"  to read  {size_text(self.bytes_expected)} with the header:"
+                f" {count_text(self.reads, 'read')} of {count_text(len(self.spans), 'span')};"
+                f" in the page cache now: {size_text(self.bytes_cached or 0)}"
             )
         if self.engine is not None:
             reason = f" ({self.engine_reason})" if self.engine_reason else ""
@@ -149,9 +150,9 @@ class Explanation:
         if len(self.files) != 1:
             native = sum(file.native for file in self.files)
             lines.append(
-                f"total: {_count(len(self.files), 'file')}, {native} native;"
-                f" {_tensors(self.tensors_kept)} kept, {_size(self.bytes_kept)};"
-                f" {_size(self.bytes_expected)} to read in {_count(self.reads, 'read')}"
+                f"total: {count_text(len(self.files), 'file')}, {native} native;"
+                f" {_tensors(self.tensors_kept)} kept, {size_text(self.bytes_kept)};"
+                f" {size_text(self.bytes_expected)} to read in {count_text(self.reads, 'read')}"
             )
         return "\n".join(lines)
 
@@ -292,20 +293,5 @@ def _size_of(entry: Any) -> int:
     return _origin.count_bytes(entry.get_dtype(), entry.get_shape())
 
 
-def _size(size_bytes: int) -> str:
-    """Decimal units, as file managers and disks have them."""
-    if size_bytes < 1000:
-        return _count(size_bytes, "byte")
-    for unit in ("kB", "MB", "GB"):
-        size = size_bytes / 10 ** {"kB": 3, "MB": 6, "GB": 9}[unit]
-        if size < 999.95 or unit == "GB":
-            break
-    return f"{size:,.1f} {unit}"
-
-
-def _count(count: int | None, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
 def _tensors(count: int) -> str:
-    return _count(count, "tensor")
+    return count_text(count, "tensor")

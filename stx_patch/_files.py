@@ -85,7 +85,7 @@ def _of_index(path: str) -> Files:
     if not index:
         raise ValueError(f"{path} lists no tensors")
     listed = {file: os.path.join(folder, file) for file in set(index.values())}
-    return Files(sorted(listed.values(), key=_natural), index, listed, path)
+    return Files(sorted(listed.values(), key=natural), index, listed, path)
 
 
 def _of_folder(path: str) -> Files:
@@ -99,10 +99,10 @@ def _of_folder(path: str) -> Files:
     paths = [str(file) for file in found if not file.name.startswith(".")]
     if not paths:
         raise FileNotFoundError(f"No such file or directory: {os.path.join(path, '*.safetensors')}")
-    return Files(sorted(paths, key=_natural))
+    return Files(sorted(paths, key=natural))
 
 
-def _natural(path: str) -> list[tuple[int, int, str]]:
+def natural(path: str) -> list[tuple[int, int, str]]:
     """Numbers by value, so that 2 comes before 10."""
     parts = re.split(r"([0-9]+)", path)
     return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]

@@ -264,10 +264,12 @@ def is_below(prefix: str, name: str) -> bool:
 
 def is_in_layers(start: int, stop: int, name: str) -> bool:
     """Whether `name` has a layer component with a number in [start, stop)."""
-    return any(
-        word in _LAYER_WORDS and start <= number < stop
-        for word, number in _numbered(name.split("."))
-    )
+    return any(start <= number < stop for number in layers_of(name))
+
+
+def layers_of(name: str) -> list[int]:
+    """The numbers of the layer components of `name`."""
+    return [number for word, number in _numbered(name.split(".")) if word in _LAYER_WORDS]
 
 
 def is_of_experts(ids: Set[int], keep_scales: bool, name: str) -> bool:

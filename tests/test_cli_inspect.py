@@ -3,6 +3,8 @@ looks the same, and reads no tensor."""
 
 import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -365,3 +367,59 @@ def test_every_tensor_is_counted_once_however_it_is_shown(tmp_path):
         assert sum(row.size_bytes for row in leaves) == expected
     (top,) = _tree.Tree(headers.tensors).rows(_tree.View(depth=1))
     assert top.tensors == len(entries)
+
+
+# --- the document ---
+
+
+LLAMA = [("q", 4096, 4096), ("k", 1024, 4096), ("v", 1024, 4096), ("o", 4096, 4096)]
+MLP = [("gate", 14336, 4096), ("up", 14336, 4096), ("down", 4096, 14336)]
+
+
+def write_llama(folder):
+    """The headers of a model of 8 billion parameters in four files, before holes."""
+    shapes = {"lm_head.weight": [128256, 4096], "model.embed_tokens.weight": [128256, 4096]}
+    shapes["model.norm.weight"] = [4096]
+    for number in range(32):
+        layer = f"model.layers.{number}."
+        shapes |= {f"{layer}self_attn.{part}_proj.weight": shape for part, *shape in LLAMA}
+        shapes |= {f"{layer}mlp.{part}_proj.weight": shape for part, *shape in MLP}
+        for place in ("input", "post_attention"):
+            shapes[f"{layer}{place}_layernorm.weight"] = [4096]
+    folder.mkdir()
+    names, weight_map = sorted(shapes), {}
+    for shard in range(4):
+        file = f"model-{shard + 1:05}-of-00004.safetensors"
+        header, at = {"__metadata__": {"format": "pt"}}, 0
+        for name in names[shard * len(names) // 4 : (shard + 1) * len(names) // 4]:
+            end = at + 2 * torch.Size(shapes[name]).numel()
+            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [at, end]}
+            at, weight_map[name] = end, file
+        path = write_raw(folder / file, header)
+        with path.open("r+b") as opened:
+            opened.truncate(path.stat().st_size + at)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def examples():
+    """(command, what it prints) of docs/CLI.md."""
+    text = Path(__file__).parent.parent.joinpath("docs", "CLI.md").read_text()
+    for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL):
+        for example in re.split(r"^\$ stx-patch ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = example.partition("\n")
+            yield command, output
+
+
+def test_the_examples_of_the_document_print_what_they_show(capsys, tmp_path, monkeypatch):
+    """Those that look, and those that fail; what is written and what is cached are not the same
+    everywhere."""
+    monkeypatch.chdir(tmp_path)
+    write_llama(tmp_path / "llama")
+    checked = 0
+    for command, expected in examples():
+        if command.startswith("inspect") or "error:" in expected:
+            _cli.main(command.split())
+            said = capsys.readouterr()
+            assert said.out + said.err == expected, command
+            checked += 1
+    assert checked >= 6

@@ -54,6 +54,16 @@ class Header:
         """Keep these of what is kept."""
         self.kept = [entry for entry in self.kept if entry[0] in names]
 
+    @property
+    def size_bytes(self) -> int:
+        """Of the file."""
+        return self._identity[2]
+
+    @property
+    def data_begin_bytes(self) -> int:
+        """Where the header ends: a file without tensors ends there, too."""
+        return self.entries[0][3] if self.entries else self.size_bytes
+
     def offset_keys(self) -> list[str]:
         """Names of what is kept, in file order."""
         return [entry[0] for entry in self.kept]
@@ -102,14 +112,11 @@ def read_header(path: str, rule: _filter.Rule | None = None) -> Header:
 
 def open_with_stock(path: str) -> Any:
     """A handle of stock's. numpy is enough for it, where torch would take seconds to import."""
-    try:
-        import numpy  # noqa: F401
-
-        framework = "np"
-    except ImportError:
-        framework = "pt"
     with _stock.bypass():
-        return _stock.safe_open(path, framework=framework)
+        try:
+            return _stock.safe_open(path, framework="np")
+        except ImportError:
+            return _stock.safe_open(path, framework="pt")
 
 
 def _read_stocks(path: str, rule: _filter.Rule | None) -> Header:
@@ -120,17 +127,13 @@ def _read_stocks(path: str, rule: _filter.Rule | None) -> Header:
         identity = _identity_of(fd)
         size_bytes = int.from_bytes(os.pread(fd, PREFIX_BYTES, 0), "little")
         text = _read_exactly(fd, PREFIX_BYTES, size_bytes)
-        pairs: list[tuple[str, Any]] = json.loads(text, object_pairs_hook=list)
+        values: dict[str, Any] = json.loads(text.decode())  # of a name that is there twice the last
+        metadata = values.pop("__metadata__", None)
         data_begin = PREFIX_BYTES + size_bytes
-        metadata, entries = None, list[Entry]()
-        for name, value in pairs:
-            if name == "__metadata__":
-                metadata = None if value is None else dict(value)
-                continue
+        entries: list[Entry] = []
+        for name, value in values.items():
             dtype, shape, (begin, end) = _fields_of(value)
             entries.append((name, dtype, shape, data_begin + begin, data_begin + end))
-        if len({entry[0] for entry in entries}) != len(entries):
-            raise _stock.SafetensorError(f"{path}: two tensors have the same name")
         entries.sort(key=lambda entry: entry[3:])
         return Header(path, fd, identity, metadata, entries, _ask(rule, entries, path))
     except BaseException:
@@ -138,14 +141,13 @@ def _read_stocks(path: str, rule: _filter.Rule | None) -> Header:
         raise
 
 
-def _fields_of(value: list[Any]) -> tuple[str, list[int], list[int]]:
-    """dtype, shape and offsets of an entry as JSON has it, with objects as lists of pairs. Stock
-    also takes the fields as an array, in this order, and a dtype as {"F32": null}."""
-    if value and isinstance(value[0], tuple):
-        fields = dict(value)
-        value = [fields["dtype"], fields["shape"], fields["data_offsets"]]
+def _fields_of(value: Any) -> tuple[str, list[int], list[int]]:
+    """dtype, shape and offsets of an entry. Stock also takes the fields as an array, in this order,
+    and a dtype as {"F32": null}."""
+    if isinstance(value, dict):
+        value = value["dtype"], value["shape"], value["data_offsets"]
     dtype, shape, offsets = value
-    return dtype if isinstance(dtype, str) else dtype[0][0], shape, offsets
+    return dtype if isinstance(dtype, str) else next(iter(dtype)), shape, offsets
 
 
 def _ask(rule: _filter.Rule | None, entries: list[Entry], path: str) -> bytes | None:

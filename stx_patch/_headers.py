@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Headers of files as plain values, for commands that only look.
-
-A header counts as safetensors itself reads it: stock opens the file first, for numpy, so that torch
-need not be imported, and refuses what is wrong. Only then is its JSON taken apart here, which for
-many tensors is as fast as asking a handle for each. Nothing but headers is read.
+"""Headers of files for commands that only look, what is odd about them together, and, of a file
+that is none, what it may be instead. Nothing but headers is read.
 """
 
 from __future__ import annotations
@@ -14,13 +11,12 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from . import _files, _filter, _sharded, _stock
+from . import _files, _filter, _header, _sharded
 from ._cli_errors import CliError, is_format_error
 from ._cli_text import count_text
 
-_PREFIX_BYTES = 8  # the length of the header that follows
 _HEAD_BYTES = 32
 _HEADER_MAX_BYTES = 100_000_000  # safetensors reads no longer one
 _MAGICS = (
@@ -128,46 +124,27 @@ def naming_bad_files(sources: Sequence[str]) -> Iterator[None]:
 
 
 def _read_header(path: str, number: int) -> Header:
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
+    if not stat.S_ISREG(os.stat(path).st_mode):
         raise CliError(f"{path} is not a file")
-    with open(path, "rb") as file:
-        head = file.read(_HEAD_BYTES)
-        header_bytes = int.from_bytes(head[:_PREFIX_BYTES], "little")
-        file.seek(_PREFIX_BYTES)
-        text = file.read(header_bytes) if header_bytes <= _HEADER_MAX_BYTES else b""
     try:
-        _validate(path)
+        with _header.read_header(path) as found:
+            tensors = [Tensor(*entry, number) for entry in found.entries]
+            size_bytes, data_begin_bytes = found.size_bytes, found.data_begin_bytes
+            return Header(path, size_bytes, data_begin_bytes, found.metadata, tensors)
     except Exception as error:
         if not is_format_error(error):
             raise
-        raise CliError(_explain_bad(path, head, text, status.st_size, error)) from None
-    entries: dict[str, Any] = json.loads(text.decode())
-    metadata = entries.pop("__metadata__", None)
-    begin = _PREFIX_BYTES + header_bytes
-    tensors = []
-    for name, entry in entries.items():
-        if isinstance(entry, dict):  # stock also takes the fields as an array, in this order
-            entry = entry["dtype"], entry["shape"], entry["data_offsets"]
-        dtype, shape, (first, end) = entry
-        if isinstance(dtype, dict):  # and a dtype as {"F32": null}
-            (dtype,) = dtype
-        tensors.append(Tensor(name, dtype, shape, begin + first, begin + end, number))
-    tensors.sort(key=lambda tensor: tensor[3:5])
-    return Header(path, status.st_size, begin, metadata, tensors)
+        raise CliError(_explain_bad(path, error)) from None
 
 
-def _validate(path: str) -> None:
-    """Raise what stock raises for the header."""
-    _stock.take()
-    try:
-        _stock.safe_open(path, framework="np")
-    except ImportError:  # no numpy
-        _stock.safe_open(path, framework="pt")
-
-
-def _explain_bad(path: str, head: bytes, text: bytes, size_bytes: int, error: Exception) -> str:
+def _explain_bad(path: str, error: Exception) -> str:
     """What the file seems to be instead."""
+    with open(path, "rb") as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        head = file.read(_HEAD_BYTES)
+        header_bytes = int.from_bytes(head[: _header.PREFIX_BYTES], "little")
+        file.seek(_header.PREFIX_BYTES)
+        text = file.read(header_bytes) if header_bytes <= _HEADER_MAX_BYTES else b""
     if size_bytes == 0:
         return f"{path} is empty: was it downloaded wholly?"
     for magic, what in _MAGICS:
@@ -185,10 +162,13 @@ def _explain_bad(path: str, head: bytes, text: bytes, size_bytes: int, error: Ex
 
 def _expected_bytes(head: bytes, text: bytes) -> int:
     """The size that a file with this beginning has at least; 0 if it is none."""
-    header_bytes = int.from_bytes(head[:_PREFIX_BYTES], "little")
-    if head[_PREFIX_BYTES : _PREFIX_BYTES + 1] != b"{" or header_bytes > _HEADER_MAX_BYTES:
+    header_bytes = int.from_bytes(head[: _header.PREFIX_BYTES], "little")
+    if (
+        head[_header.PREFIX_BYTES : _header.PREFIX_BYTES + 1] != b"{"
+        or header_bytes > _HEADER_MAX_BYTES
+    ):
         return 0
-    begin_bytes = _PREFIX_BYTES + header_bytes
+    begin_bytes = _header.PREFIX_BYTES + header_bytes
     if len(text) < header_bytes:
         return begin_bytes
     try:

@@ -1,6 +1,7 @@
 """Proves: `stx-patch inspect` shows what headers say, all of it and nothing else, folded where it
 looks the same, and reads no tensor."""
 
+import contextlib
 import json
 import random
 import re
@@ -12,7 +13,7 @@ import torch
 from helpers import DTYPE_BITS, STOCK, write_raw
 from patch_helpers import PageCache, drop_from_cache
 
-from stx_patch import _cli, _headers, _tree
+from stx_patch import _cli, _headers, _native, _stock, _tree
 
 
 def write(path, entries, metadata=None):
@@ -245,12 +246,18 @@ def test_the_same_without_numpy(capsys, tmp_path, monkeypatch):
     expected = document(capsys, path)
     opened = []
 
+    @contextlib.contextmanager
+    def accept(path):
+        yield
+
     def refuse(path, framework):
         opened.append(framework)
         if framework == "np":
             raise ModuleNotFoundError("No module named 'numpy'")
+        return accept(path)
 
-    monkeypatch.setattr("stx_patch._stock.safe_open", refuse)
+    monkeypatch.setattr(_native, "core", None)
+    monkeypatch.setattr(_stock, "safe_open", refuse)
     assert document(capsys, path) == expected and opened == ["np", "pt"]
 
 

@@ -66,8 +66,12 @@ def tensor_name(index: int) -> str:
 
 
 def data_files(name: str) -> list[Path]:
-    """The files of one set, made if they are not there."""
-    kind = SETS[name]
+    """The files of one of SETS, made if they are not there."""
+    return set_files(name, SETS[name])
+
+
+def set_files(name: str, kind: Set) -> list[Path]:
+    """The files of a set under a name, made if they are not there."""
     if not kind.shards:
         paths = [FOLDER / f"{name}.safetensors"]
     else:
@@ -82,7 +86,7 @@ def data_files(name: str) -> list[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             _write(path, kind, range(number * per_file, (number + 1) * per_file))
         elif not data <= path.stat().st_size <= data + 300 * per_file + 4096:
-            raise SystemExit(f"{path} was made with another STX_BENCH_FACTOR: remove it")
+            raise SystemExit(f"{path} was made with another size or STX_BENCH_FACTOR: remove it")
     index = FOLDER / name / "model.safetensors.index.json"
     if kind.shards and not index.exists():
         names = {tensor_name(i): paths[i // per_file].name for i in range(kind.count)}

@@ -367,7 +367,8 @@ COLUMNS = (
 )
 
 
-def _show_ratio(ratio: dict[str, Any] | None) -> str:
+def show_ratio(ratio: dict[str, Any] | None) -> str:
+    """A ratio with its interval."""
     if ratio is None:
         return ""
     low, high = ratio["interval"]
@@ -398,8 +399,8 @@ def show(row: dict[str, Any]) -> None:
         private = None if side["private_bytes"] is None else side["private_bytes"] / 1e6
         print(
             f"  {label:26} {_number(back, '.2f'):>10} {side['read_s'] * 1e3:9.1f} {speed:6.2f}  "
-            f"{_show_ratio(side['ratio_return']):>18}  {_show_ratio(side['ratio_read']):>18}  "
-            f"{_show_ratio(side['of_ceiling']):>18} {disk:>9} {_number(private, '.0f'):>8}"
+            f"{show_ratio(side['ratio_return']):>18}  {show_ratio(side['ratio_read']):>18}  "
+            f"{show_ratio(side['of_ceiling']):>18} {disk:>9} {_number(private, '.0f'):>8}"
         )
     for judged in row.get("bounds", []):
         print(f"  {show_bound(judged)}")

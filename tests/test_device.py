@@ -391,6 +391,72 @@ def test_a_slice_of_transformers_goes_straight_to_the_device(model, materialize,
     assert report.bytes_to_device > before and report.fallbacks == {}
 
 
+@pytest.fixture
+def shard_operation():
+    """What transformers gives rank 1 of 2 for a parameter of a shape, with a placement."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from transformers.distributed.sharding_utils import DtensorShardOperation
+
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    mesh = init_device_mesh("cpu", (2,))
+
+    def make(shape, placement):
+        return DtensorShardOperation(distribute_tensor(torch.zeros(shape), mesh, [placement]))
+
+    yield make
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_a_ranks_part(tmp_path, materialize, shard_operation, dim, dtype):
+    """Whole rows go straight to the device; columns come from the CPU, as ever."""
+    from torch.distributed.tensor import Replicate, Shard
+    from transformers import core_model_loading
+
+    _, report = materialize
+    weight = torch.rand(600, 1000)
+    path = tmp_path / "weight.safetensors"
+    safetensors.torch.save_file({"weight": weight}, path)
+    operation = shard_operation(weight.shape, Replicate() if dim is None else Shard(dim))
+    with safetensors.safe_open(path, "pt") as handle:
+        entry = handle.get_slice("weight")
+    spawn = core_model_loading.spawn_materialize
+    read = spawn(None, entry, None, dtype, operation)()
+    assert report.bytes_to_device == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_device, "cuda", FakeCuda(also="cpu"))
+        found = spawn(None, entry, "cpu", dtype, operation)()
+    expected = {0: weight[300:], 1: weight[:, 500:], None: weight}[dim]
+    expected = expected if dtype is None else expected.to(dtype)
+    assert found.equal(expected) and found.dtype == expected.dtype and found.equal(read)
+    assert report.bytes_to_device == (0 if dim == 1 else weight.nbytes // (2 if dim == 0 else 1))
+    assert spawn(None, weight, "cpu", dtype, operation)().equal(expected)  # nothing of ours
+
+
+def test_one_expert_of_many_is_a_ranks_part(tmp_path, materialize, shard_operation):
+    from torch.distributed.tensor import Shard
+    from transformers import core_model_loading
+
+    _, report = materialize
+    weight = torch.rand(4, 7)
+    path = tmp_path / "expert.safetensors"
+    safetensors.torch.save_file({"weight": weight}, path)
+    operation = shard_operation((6, 4, 7), Shard(0))
+    with safetensors.safe_open(path, "pt") as handle:
+        entry = handle.get_slice("weight")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_device, "cuda", FakeCuda(also="cpu"))
+        spawn = core_model_loading.spawn_materialize
+        assert spawn(None, entry, "cpu", None, operation, 1)() is None  # the other rank's
+        assert report.bytes_to_device == 0
+        assert spawn(None, entry, "cpu", None, operation, 4)().equal(weight)
+    assert report.bytes_to_device == weight.nbytes
+
+
 def test_what_transformers_gives_that_is_not_ours_stays_its_own(model, materialize):
     function, report = materialize
     tensor = torch.rand(4)

@@ -88,13 +88,21 @@ def _of_index(path: str) -> Files:
     return Files(sorted(listed.values(), key=natural), index, listed, path)
 
 
-def _of_folder(path: str) -> Files:
+def index_in(path: str) -> str | None:
+    """The index that speaks for a folder, or None; ValueError if there are several."""
     indexes = sorted(Path(path).glob("*.safetensors.index.json"))
     usual = [index for index in indexes if index.name == "model.safetensors.index.json"]
     if usual or len(indexes) == 1:
-        return _of_index(str((usual or indexes)[0]))
+        return str((usual or indexes)[0])
     if indexes:
         raise ValueError(f"{path} holds several indexes: give the path of one of them")
+    return None
+
+
+def _of_folder(path: str) -> Files:
+    index = index_in(path)
+    if index is not None:
+        return _of_index(index)
     found = Path(path).glob("*.safetensors")
     paths = [str(file) for file in found if not file.name.startswith(".")]
     if not paths:

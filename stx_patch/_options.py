@@ -134,7 +134,7 @@ class Options:
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(Options))
-_VARIABLES = {name: "STX_PATCH_" + name.upper() for name in NAMES}
+VARIABLES = {name: "STX_PATCH_" + name.upper() for name in NAMES}
 DEFAULT = Options()
 
 
@@ -149,7 +149,7 @@ def from_environment(keywords: Mapping[str, Any]) -> Options:
     if unknown:
         raise TypeError(f"got an unexpected keyword argument {sorted(unknown)[0]!r}")
     given = dict(keywords)
-    for name, variable in _VARIABLES.items():
+    for name, variable in VARIABLES.items():
         text = os.environ.get(variable)
         if not text or not text.strip() or name in given:
             continue

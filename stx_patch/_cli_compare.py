@@ -286,8 +286,9 @@ def _line(found: Found) -> str:
 
 def _difference_text(difference: _compare.Difference) -> str:
     if difference.differing is None:
-        return "differ"
-    text = f"{difference.differing:,} of {count_text(difference.elements, 'element')} differ"
+        return "differs"
+    elements = count_text(difference.elements, "element")
+    text = f"differs in {difference.differing:,} of {elements}"
     if difference.largest is not None:
         text += f", by at most {difference.largest:.6g}"
     if difference.not_finite:

@@ -19,7 +19,7 @@ from ._cli_text import printable
 from ._request import Request, open_native, open_sharded, stock_keywords
 
 PIECE_BYTES = 16 << 20  # compared at a time
-MAPPED_BYTES_MAX = 1 << 30  # read through one mapping: its pages are this process's till it ends
+MAPPED_BYTES_MAX = 256 << 20  # read through one mapping: its pages are this process's till it ends
 _COUNT_BYTES = 4 << 20  # of which values are made, up to eight times as large
 
 _FLOATS = {
@@ -27,6 +27,7 @@ _FLOATS = {
     "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F16": "float16",
     "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
 }  # fmt: skip
+_INTEGERS = {8: "uint8", 16: "int16", 32: "int32", 64: "int64"}  # of a size in bits
 # What torch may lack, and what it calls it; nothing where no torch has it.
 _RARE = {"F4": "float4_e2m1fn_x2", "F8_E8M0": "float8_e8m0fnu", "F6_E2M3": "", "F6_E3M2": ""}
 
@@ -149,8 +150,8 @@ class Difference(NamedTuple):
 
     Attributes:
         elements: of each.
-        differing: of these, those whose bits differ; None for a dtype that is no whole of bytes
-            and unknown to torch.
+        differing: of these, those whose bits differ; None for a dtype whose elements cannot be
+            told apart here.
         largest: the largest absolute difference of two finite values; None where there are none,
             or they are no floating-point values.
         not_finite: of those that differ, pairs with a NaN or infinity among them.
@@ -169,36 +170,38 @@ def measure(left: Side, right: Side, name: str, size_bytes: int) -> Difference:
     dtype = left.handle.get_dtype(name)
     elements = math.prod(left.handle.get_shape(name))
     bits = _dtype.BITS.get(dtype, 0)
-    if bits % 8 and bits != 4:
+    if bits not in (4, *_INTEGERS):
         return Difference(elements, None, None, 0)
+    integer = getattr(torch, _INTEGERS.get(bits, ""), None)
     floats = getattr(torch, _FLOATS.get(dtype, ""), None)
     differing, not_finite, largest = 0, 0, -1.0
     for begin, end in cut(size_bytes, min(_COUNT_BYTES, PIECE_BYTES)):
         ours, theirs = left.piece(name, begin, end), right.piece(name, begin, end)
+        if are_equal(ours, theirs):
+            continue
         if bits == 4:
             apart = ours ^ theirs
             differing += int((apart & 15).count_nonzero() + (apart >> 4).count_nonzero())
             continue
-        some, others = _differing(ours, theirs, bits)
-        differing += some.numel()
-        if floats is None or not some.numel():
-            continue
-        some, others = _values(some, floats), _values(others, floats)
-        finite = some.isfinite() & others.isfinite()
-        not_finite += int(finite.numel() - finite.count_nonzero())
-        if finite.any():
-            largest = max(largest, float((some - others)[finite].abs().max()))
+        differ = ours.view(integer) != theirs.view(integer)
+        differing += int(differ.count_nonzero())
+        if floats is not None:
+            most, count = _measure_floats(_values(ours, floats), _values(theirs, floats), differ)
+            largest = max(largest, most)
+            not_finite += count
     return Difference(elements, differing, largest if largest >= 0 else None, not_finite)
 
 
-def _differing(left: Any, right: Any, bits: int) -> tuple[Any, Any]:
-    """The elements of either whose bits differ, as integers."""
-    import torch
-
-    integers = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
-    ours, theirs = left.view(integers[bits]), right.view(integers[bits])
-    differ = ours != theirs
-    return ours[differ], theirs[differ]
+def _measure_floats(ours: Any, theirs: Any, differ: Any) -> tuple[float, int]:
+    """The largest difference of finite values, -1 if there is none; and how many pairs of those
+    that differ are not finite."""
+    apart = (ours - theirs).abs()
+    most = float(apart.max())
+    if math.isfinite(most):
+        return most, 0
+    finite = ours.isfinite() & theirs.isfinite()
+    apart = apart[differ & finite]
+    return float(apart.max()) if apart.numel() else -1.0, int((differ & ~finite).count_nonzero())
 
 
 def _values(bits: Any, dtype: Any) -> Any:

@@ -16,20 +16,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from . import _dtype, _files, _stock
+from . import _dtype, _files, _header, _headers, _stock
 from ._cli_text import count_text, printable
 
-_PREFIX_BYTES = 8  # the length of the header, little-endian
+_HEAD_BYTES = 32
 _HEADER_BYTES_MAX = 100_000_000
 _NAME_MAX = 120
 _TEXT_MAX = 500
-_OTHERS = (
-    (b"version https://git-lfs", "a Git LFS pointer: the file itself was not downloaded"),
-    (b"PK\x03\x04", "a zip archive, as torch.save writes it"),
-    (b"GGUF", "a GGUF file"),
-    (b"<!doctype html", "a web page"),
-    (b"<html", "a web page"),
-)
 
 
 class Checked(NamedTuple):
@@ -71,20 +64,14 @@ def check_file(path: str) -> Checked:
     with _open_regular(path) as file:
         size_bytes = os.fstat(file.fileno()).st_size
         found, twice = _explain(file, size_bytes)
+    _stock.take()
     try:
-        with _open_stock(path) as handle:
+        with _header.open_with_stock(path) as handle:
             names = list(getattr(handle, "offset_keys", handle.keys)())
     except _stock.SafetensorError as error:
         text = _shorten(printable(" ".join(str(error).split())), _TEXT_MAX)
         return Checked(text + ("" if found is None else f"; {found}"), None, 0)
     return Checked(twice, names, size_bytes - _data_begin(path))
-
-
-def read_entries(path: str) -> dict[str, Entry]:
-    """The tensors of a file that safetensors opens, by name."""
-    with _open_regular(path) as file:
-        pairs, data_begin = _parse(file, os.fstat(file.fileno()).st_size)
-    return {name: _entry(name, value, data_begin) for name, value in pairs}
 
 
 def shown(name: str) -> str:
@@ -102,19 +89,9 @@ def _open_regular(path: str) -> BinaryIO:
     return open(path, "rb")
 
 
-def _open_stock(path: str) -> Any:
-    """Stock's handle, for whatever framework is there: the header's rules are the same."""
-    _stock.take()
-    with _stock.bypass():
-        try:
-            return _stock.safe_open(path, framework="np")
-        except ImportError:  # no numpy
-            return _stock.safe_open(path, framework="pt")
-
-
 def _data_begin(path: str) -> int:
     with open(path, "rb") as file:
-        return _PREFIX_BYTES + int.from_bytes(file.read(_PREFIX_BYTES), "little")
+        return _header.PREFIX_BYTES + int.from_bytes(file.read(_header.PREFIX_BYTES), "little")
 
 
 # --- why safetensors refuses a file ---
@@ -128,28 +105,21 @@ def _explain(file: BinaryIO, size_bytes: int) -> tuple[str | None, str | None]:
         twice = _find_twice(pairs)
         _check_entries(pairs, data_begin, size_bytes)
     except _Broken as broken:
-        return _of_another_kind(file) or twice or str(broken), twice
+        file.seek(0)
+        kind = _headers.kind_of(file.read(_HEAD_BYTES))
+        return twice or str(broken) if kind is None else f"by its beginning it is {kind}", twice
     except (ValueError, RecursionError):  # Python's parser has limits of its own
         return None, None
     return twice, twice
 
 
-def _of_another_kind(file: BinaryIO) -> str | None:
-    file.seek(0)
-    head = file.read(64).lower()
-    for magic, kind in _OTHERS:
-        if head.startswith(magic.lower()):
-            return f"it begins as {kind}"
-    return None
-
-
 def _parse(file: BinaryIO, size_bytes: int) -> tuple[Pairs, int]:
     """The header's entries in its order, and where the data begins."""
-    prefix = file.read(_PREFIX_BYTES)
-    if len(prefix) < _PREFIX_BYTES:
+    prefix = file.read(_header.PREFIX_BYTES)
+    if len(prefix) < _header.PREFIX_BYTES:
         raise _Broken(f"the file has {count_text(size_bytes, 'byte')}, a header's length takes 8")
     header_bytes = int.from_bytes(prefix, "little")
-    data_begin = _PREFIX_BYTES + header_bytes
+    data_begin = _header.PREFIX_BYTES + header_bytes
     if header_bytes > _HEADER_BYTES_MAX:
         raise _Broken(
             f"its first 8 bytes give the header {header_bytes:,} bytes; at most"
@@ -170,9 +140,11 @@ def _parse_json(header: bytes) -> Pairs:
         text = header.decode()
         root = json.loads(text, object_pairs_hook=_Object, parse_constant=refuse)
     except UnicodeDecodeError as error:
-        raise _Broken(f"byte {_PREFIX_BYTES + error.start:,} of the file is no UTF-8") from None
+        raise _Broken(
+            f"byte {_header.PREFIX_BYTES + error.start:,} of the file is no UTF-8"
+        ) from None
     except json.JSONDecodeError as error:
-        position = _PREFIX_BYTES + len(error.doc[: error.pos].encode())
+        position = _header.PREFIX_BYTES + len(error.doc[: error.pos].encode())
         raise _Broken(f"{error.msg}: byte {position:,} of the file") from None
     if not isinstance(root, _Object):
         raise _Broken("the header is no JSON object")

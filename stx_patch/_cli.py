@@ -22,6 +22,8 @@ _COMMANDS = (
     "_cli_inspect",
     "_cli_explain",
     "_cli_extract",
+    "_cli_compare",
+    "_cli_doctor",
 )
 
 _TROUBLE = 2
@@ -35,6 +37,9 @@ examples:
   stx-patch explain llama/ --layers 0:2            what loading two layers would read
   stx-patch extract llama/ small.safetensors --prefix model.norm --layers 0:2
   stx-patch merge llama/ whole.safetensors         many files into one
+  stx-patch verify llama/ --full                   whether they are whole
+  stx-patch diff llama/ tuned/                     what differs between two models
+  stx-patch doctor llama/                          what this machine offers, what to change
 
 `stx-patch COMMAND --help` has examples of each. Exit status: 0 fine, 1 the answer is no, 2 trouble.
 """
@@ -85,7 +90,7 @@ def _run(argv: Sequence[str] | None) -> int:
 def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="stx-patch",
-        description="Look into safetensors files, and make new ones of them.",
+        description="Look into safetensors files, check and compare them, and make new ones.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

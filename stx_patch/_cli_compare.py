@@ -11,14 +11,15 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-from . import _check, _compare, _files, _native, _stock, filters
+from . import _check, _compare, _files, _filter, _native, _stock, filters
 from ._cli_errors import CliError
 from ._cli_filters import add_filters, filter_of, nothing_kept
 from ._cli_text import count_text, printable, size_text, write
+from ._headers import names_in
 
 _SHOWN_MAX = 3  # names in a line
 
@@ -83,19 +84,14 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     diff.set_defaults(run=run_diff)
 
 
-def _need_torch() -> None:
-    if not _native.torch_is_ready():
-        raise CliError("comparing tensors needs PyTorch, which cannot be imported here")
-
-
 # --- verify ---
 
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """Print a line for each file; 1 if one of them does not verify."""
     path = arguments.path
-    if arguments.full or arguments.against is not None:
-        _need_torch()
+    if arguments.full and not _native.torch_is_ready():
+        raise CliError("--full needs PyTorch, which cannot be imported here")
     with ExitStack() as stack:
         source = None
         if arguments.against is not None:
@@ -122,12 +118,13 @@ class _Source(NamedTuple):
 
 def _open_side(path: str, kept: filters.Filter | None = None) -> _compare.Side:
     """A side of a comparison. CliError for a file that does not verify, naming it."""
+    _stock.take()
     try:
-        return _compare.Side(_compare.open_source(path, kept))
+        return _compare.Side(path, _filter.make_rule(kept))
     except _stock.SafetensorError as error:
         files = _files.find_files(path)
         for file in [path] if files is None else files.paths:
-            problem = _check.check_file(file).problem
+            problem = _check.check_file(file).problem if os.path.exists(file) else None
             if problem is not None:
                 raise CliError(f"{file}: {problem}") from None
         raise CliError(str(error)) from None
@@ -185,13 +182,13 @@ def _file_name(path: str) -> str:
 
 def _compare_with_source(path: str, source: _Source) -> str | None:
     """Which tensors of a file are not in `source`, bit for bit."""
-    there = frozenset(source.side.handle.offset_keys())
     problems = []
     with _open_side(path) as part:
-        for name in part.handle.offset_keys():
-            found = "is not in it" if name not in there else _mismatch(part, source.side, name)
+        for name in part.entries:
+            found = _mismatch(part, source.side, name)
             if found is not None:
                 problems.append(f"tensor {_check.shown(name)} {found}")
+        part.check_unchanged()
     if not problems:
         return None
     more = "" if len(problems) <= _SHOWN_MAX else f"; and {len(problems) - _SHOWN_MAX:,} more"
@@ -199,15 +196,17 @@ def _compare_with_source(path: str, source: _Source) -> str | None:
 
 
 def _mismatch(part: _compare.Side, whole: _compare.Side, name: str) -> str | None:
-    kinds = [_kind_text(side.handle, name) for side in (part, whole)]
-    if kinds[0] != kinds[1]:
-        return f"is {kinds[0]}, there {kinds[1]}"
-    at = _compare.first_difference(part, whole, name, part.handle.nbytes(name))
+    if name not in whole.entries:
+        return "is not in it"
+    if part.kind(name) != whole.kind(name):
+        return f"is {_kind_text(part, name)}, there {_kind_text(whole, name)}"
+    at = _compare.first_difference(part, whole, name)
     return None if at is None else f"differs from its byte {at:,} on"
 
 
-def _kind_text(handle: Any, name: str) -> str:
-    return f"{handle.get_dtype(name)} {handle.get_shape(name)}"
+def _kind_text(side: _compare.Side, name: str) -> str:
+    dtype, shape = side.kind(name)
+    return f"{dtype} {shape}"
 
 
 # --- diff ---
@@ -225,50 +224,47 @@ class Found(NamedTuple):
 
 def run_diff(arguments: argparse.Namespace) -> int:
     """Print what differs; 1 if anything does."""
-    _need_torch()
     kept = filter_of(arguments)
     with _open_side(arguments.a, kept) as a, _open_side(arguments.b, kept) as b:
-        names = a.handle.offset_keys()
-        if kept is not None and not names and not b.handle.offset_keys():
-            raise nothing_kept(arguments, sorted({*a.handle._all_names(), *b.handle._all_names()}))
-        common = frozenset(names).intersection(b.handle.offset_keys())
+        if kept is not None and not a.entries and not b.entries:
+            raise nothing_kept(arguments, names_in([arguments.a, arguments.b]))
+        common = a.entries.keys() & b.entries.keys()
         found = list[Found]()
         for one in _find_differences(a, b, common, arguments.names_only):
             found.append(one)
             if not arguments.json:
                 write(_line(one))
-        common_bytes = sum(a.handle.nbytes(name) for name in common)
+        a.check_unchanged()
+        b.check_unchanged()
+        common_bytes = sum(map(a.nbytes, common))
     if arguments.json:
-        write(json.dumps(_as_dict(arguments, found, len(common)), indent=2))
+        write(json.dumps(_as_dict(arguments, found, len(common))))
     else:
         write(_summary(arguments, found, len(common), common_bytes))
     return 1 if found else 0
 
 
 def _find_differences(
-    a: _compare.Side, b: _compare.Side, common: frozenset[str], names_only: bool
+    a: _compare.Side, b: _compare.Side, common: Set[str], names_only: bool
 ) -> Iterator[Found]:
     """In A's order, then what only B has, then metadata."""
-    for name in a.handle.offset_keys():
+    for name in a.entries:
         if name not in common:
-            yield Found("only in A", name, _kind_text(a.handle, name))
+            yield Found("only in A", name, _kind_text(a, name))
             continue
-        kinds = [(side.handle.get_dtype(name), side.handle.get_shape(name)) for side in (a, b)]
-        for number, kind in enumerate(("dtype", "shape")):
-            if kinds[0][number] != kinds[1][number]:
-                yield Found(kind, name, kinds[0][number], kinds[1][number])
-        if kinds[0] != kinds[1] or names_only:
+        for kind, ours, theirs in zip(("dtype", "shape"), a.kind(name), b.kind(name), strict=True):
+            if ours != theirs:
+                yield Found(kind, name, ours, theirs)
+        if a.kind(name) != b.kind(name) or names_only:
             continue
-        size_bytes = a.handle.nbytes(name)
-        if _compare.first_difference(a, b, name, size_bytes) is not None:
-            yield Found("bytes", name, difference=_compare.measure(a, b, name, size_bytes))
-    for name in b.handle.offset_keys():
+        if _compare.first_difference(a, b, name) is not None:
+            yield Found("bytes", name, difference=_compare.measure(a, b, name))
+    for name in b.entries:
         if name not in common:
-            yield Found("only in B", name, b=_kind_text(b.handle, name))
-    ours, theirs = a.handle.metadata() or {}, b.handle.metadata() or {}
-    for key in sorted({*ours, *theirs}):
-        if ours.get(key) != theirs.get(key):
-            yield Found("metadata", key, ours.get(key), theirs.get(key))
+            yield Found("only in B", name, b=_kind_text(b, name))
+    for key in sorted({*a.metadata, *b.metadata}):
+        if a.metadata.get(key) != b.metadata.get(key):
+            yield Found("metadata", key, a.metadata.get(key), b.metadata.get(key))
 
 
 def _line(found: Found) -> str:

@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors compared bit for bit, a piece at a time, so that no file has to fit into memory.
 
-Tensors of two files are read into two small buffers, by the core where it is there: so any dtype
-can be compared, and a disk that fails is an error and not a signal. A file's own two readings are
-compared as they come: ours as it streams, and stock's mapping.
+Tensors of two files are read into a small buffer for each, by the core where it is there: so any
+dtype can be compared, and a disk that fails is an error and not a signal. A file's own two readings
+are compared as they come: ours as it streams, and stock's mapping.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-from . import _check, _dtype, _filter, _native, _options, _origin, _stock
+from . import _check, _dtype, _files, _filter, _header, _native, _options, _origin, _sharded, _stock
 from ._cli_text import printable
-from ._request import Request, open_native, open_sharded, stock_keywords
+from ._request import stock_keywords
 
 PIECE_BYTES = 16 << 20  # compared at a time
 MAPPED_BYTES_MAX = 256 << 20  # read through one mapping: its pages are this process's till it ends
@@ -31,105 +32,97 @@ _INTEGERS = {8: "uint8", 16: "int16", 32: "int32", 64: "int64"}  # of a size in 
 # What torch may lack, and what it calls it; nothing where no torch has it.
 _RARE = {"F4": "float4_e2m1fn_x2", "F8_E8M0": "float8_e8m0fnu", "F6_E2M3": "", "F6_E3M2": ""}
 
-
-def open_source(source: str, tensor_filter: _filter.TensorFilter = None) -> Any:
-    """A handle over a file, a folder or an index that knows this filter and no other, whatever is
-    patched."""
-    _stock.take()
-    request = Request(True, (), {"tensor_filter": tensor_filter})
-    request.rule = request.own_rule
-    handle = open_sharded(request, source, "pt", "cpu", "mmap")
-    if handle is None:
-        handle = open_native(request, request.rule, source, "pt", "cpu", "mmap")
-    if handle is None:
-        handle = _origin.narrow(_open_stock(source), request.rule, source)
-    return handle
-
-
-def _open_stock(path: str) -> Any:
-    with _stock.bypass():
-        return _stock.safe_open(path, **stock_keywords("pt", "cpu", "mmap"))
+Bytes = bytes | bytearray
 
 
 class Side:
-    """A file, a folder or an index whose tensors are given in pieces of bytes.
+    """A file, a folder or an index, of whose tensors a rule keeps some; whatever is patched.
 
     Attributes:
-        handle: for all that is no tensor.
+        entries: what is kept, by name, in the order of files and places.
+        metadata: the files' `__metadata__` in one dict, the first one's word first.
+
+    Raises:
+        OSError, SafetensorError, ValueError: what loading it raises.
     """
 
-    def __init__(self, handle: Any) -> None:
-        import torch
+    def __init__(self, source: str, rule: _filter.Rule | None = None) -> None:
+        files = _files.find_files(source) or _files.Files([source])
+        paths = _sharded.choose_paths(files, rule)
+        self._buffer = bytearray(PIECE_BYTES)
+        with ExitStack() as stack:
+            headers = [stack.enter_context(_header.read_header(path, rule)) for path in paths]
+            if len(paths) > 1 or files.index is not None:
+                for number, names in _sharded.settle(files, paths, headers).items():
+                    kept = frozenset(headers[number].offset_keys()).difference(names)
+                    headers[number].keep_names(kept)
+            self._stack = stack.pop_all()
+        self._headers = {entry[0]: header for header in headers for entry in header.kept}
+        self.entries = {entry[0]: entry for header in headers for entry in header.kept}
+        self.metadata: dict[str, str] = {}
+        for header in reversed(headers):
+            self.metadata.update(header.metadata or {})
 
-        self.handle = handle
-        self._memory = torch.empty(PIECE_BYTES, dtype=torch.uint8)
-        self._entries: dict[str, dict[str, _check.Entry]] = {}  # of each file
+    def kind(self, name: str) -> tuple[str, list[int]]:
+        """The dtype as the header spells it, and the shape."""
+        return self.entries[name][1:3]
 
-    def piece(self, name: str, begin: int, end: int) -> Any:
-        """Bytes [begin, end) of a tensor, at most PIECE_BYTES, as torch.uint8; they stay until the
-        next piece. OSError if they cannot be read."""
-        path = self.handle.filename_of(name)
-        if path not in self._entries:
-            self._entries[path] = _check.read_entries(path)
-        piece = self._memory[: end - begin]
-        read_bytes(path, self._entries[path][name].begin + begin, piece)
-        return piece
+    def nbytes(self, name: str) -> int:
+        """A tensor's size."""
+        _, _, _, begin, end = self.entries[name]
+        return end - begin
+
+    def piece(self, name: str, begin: int, end: int) -> Bytes:
+        """Bytes [begin, end) of a tensor, at most PIECE_BYTES; they stay until the next piece.
+        OSError if they cannot be read."""
+        header, size_bytes = self._headers[name], end - begin
+        read_bytes(header, self.entries[name][3] + begin, self._buffer, size_bytes)
+        return self._buffer if size_bytes == len(self._buffer) else self._buffer[:size_bytes]
+
+    def check_unchanged(self) -> None:
+        """SafetensorError if somebody has written to a file since it was opened."""
+        for header in dict.fromkeys(self._headers.values()):
+            header.check_unchanged()
 
     def __enter__(self) -> Side:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.handle.__exit__(None, None, None)
+        self._stack.close()
 
 
-def read_bytes(path: str, offset: int, memory: Any) -> None:
-    """Fill a tensor of bytes with those of a file from `offset` on; OSError if that cannot be."""
-    address, size_bytes = memory.data_ptr(), memory.numel()
+def read_bytes(header: _header.Header, offset: int, memory: bytearray, size_bytes: int) -> None:
+    """Fill the begin of `memory` with bytes of a file; OSError if that cannot be."""
     if _native.core is not None:
-        _native.core.read_into(path, offset, size_bytes, address, -1, 0, PIECE_BYTES)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        _native.core.read_into(header.path, offset, size_bytes, address, -1, 0, PIECE_BYTES)
         return
-    with open(path, "rb") as file:
-        file.seek(offset)
-        if file.readinto((ctypes.c_char * size_bytes).from_address(address)) != size_bytes:
-            raise OSError(f"{path}: the file was cut short")
+    with memoryview(memory) as view:
+        done = 0
+        while done < size_bytes:
+            got = os.preadv(header.fd, [view[done:size_bytes]], offset + done)
+            if got == 0:
+                raise OSError(f"{header.path}: the file ends at byte {offset + done:,}")
+            done += got
 
 
-def flat(tensor: Any) -> Any:
-    """The bytes of a contiguous tensor, as a view."""
-    import torch
-
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def are_equal(left: Any, right: Any) -> bool:
-    """Whether two runs of bytes of one length are the same. A word at a time: that is eight times
-    as fast."""
-    import torch
-
-    words = left.numel() // 8 * 8
-    in_words = torch.equal(left[:words].view(torch.int64), right[:words].view(torch.int64))
-    return in_words and torch.equal(left[words:], right[words:])
-
-
-def first_difference(left: Side, right: Side, name: str, size_bytes: int) -> int | None:
-    """The first byte at which the tensors of one name differ, or None."""
-    for begin, end in cut(size_bytes, PIECE_BYTES):
+def first_difference(left: Side, right: Side, name: str) -> int | None:
+    """The first byte at which the tensors of one name and size differ, or None."""
+    for begin, end in cut(left.nbytes(name), PIECE_BYTES):
         found = first_byte(left.piece(name, begin, end), right.piece(name, begin, end))
         if found is not None:
             return begin + found
     return None
 
 
-def first_byte(left: Any, right: Any) -> int | None:
+def first_byte(left: Bytes, right: Bytes) -> int | None:
     """The first byte at which two runs of bytes of one length differ, or None."""
-    import torch
-
-    if are_equal(left, right):
+    if left == right:
         return None
-    begin, end = 0, left.numel()
+    begin, end = 0, len(left)
     while end - begin > 1:
         middle = (begin + end) // 2
-        if torch.equal(left[begin:middle], right[begin:middle]):
+        if left[begin:middle] == right[begin:middle]:
             begin = middle
         else:
             end = middle
@@ -150,8 +143,8 @@ class Difference(NamedTuple):
 
     Attributes:
         elements: of each.
-        differing: of these, those whose bits differ; None for a dtype whose elements cannot be
-            told apart here.
+        differing: of these, those whose bits differ; None where they cannot be told apart: for a
+            dtype of 6 bits, and without torch.
         largest: the largest absolute difference of two finite values; None where there are none,
             or they are no floating-point values.
         not_finite: of those that differ, pairs with a NaN or infinity among them.
@@ -163,27 +156,27 @@ class Difference(NamedTuple):
     not_finite: int
 
 
-def measure(left: Side, right: Side, name: str, size_bytes: int) -> Difference:
+def measure(left: Side, right: Side, name: str) -> Difference:
     """How much the tensors of one name, dtype and shape differ."""
+    dtype, shape = left.kind(name)
+    elements, bits = math.prod(shape), _dtype.BITS.get(dtype, 0)
+    if bits not in (4, *_INTEGERS) or not _native.torch_is_ready():
+        return Difference(elements, None, None, 0)
     import torch
 
-    dtype = left.handle.get_dtype(name)
-    elements = math.prod(left.handle.get_shape(name))
-    bits = _dtype.BITS.get(dtype, 0)
-    if bits not in (4, *_INTEGERS):
-        return Difference(elements, None, None, 0)
-    integer = getattr(torch, _INTEGERS.get(bits, ""), None)
+    integer = getattr(torch, _INTEGERS.get(bits, "uint8"))
     floats = getattr(torch, _FLOATS.get(dtype, ""), None)
     differing, not_finite, largest = 0, 0, -1.0
-    for begin, end in cut(size_bytes, min(_COUNT_BYTES, PIECE_BYTES)):
-        ours, theirs = left.piece(name, begin, end), right.piece(name, begin, end)
-        if are_equal(ours, theirs):
+    for begin, end in cut(left.nbytes(name), min(_COUNT_BYTES, PIECE_BYTES)):
+        pieces = left.piece(name, begin, end), right.piece(name, begin, end)
+        if pieces[0] == pieces[1]:
             continue
+        ours, theirs = (torch.frombuffer(piece, dtype=integer) for piece in pieces)
         if bits == 4:
             apart = ours ^ theirs
             differing += int((apart & 15).count_nonzero() + (apart >> 4).count_nonzero())
             continue
-        differ = ours.view(integer) != theirs.view(integer)
+        differ = ours != theirs
         differing += int(differ.count_nonzero())
         if floats is not None:
             most, count = _measure_floats(_values(ours, floats), _values(theirs, floats), differ)
@@ -223,57 +216,57 @@ class Readings(NamedTuple):
 
 
 def check_readings(path: str) -> Readings:
-    """Read every byte of every tensor natively and by safetensors.
+    """Read every byte of every tensor natively and by safetensors. Needs torch.
 
     Raises:
         ValueError: the native core leaves the file to safetensors: there is one reader only.
     """
-    with ExitStack() as stack:
-        handle = stack.enter_context(_open_core(path, None))
-        stock = stack.enter_context(_Stock(lambda: _origin.narrow(_open_stock(path), None, path)))
+    _stock.take()
+    with _open_core(path, None), _header.read_header(path) as header, _Stock(header) as stock:
         try:
-            problem = _disagreement(handle, stock.handle) or _compare_readings(path, handle, stock)
+            problem = _disagreement(header, stock.handle)
+            plain_count = sum(not _is_made(*entry[1:3]) for entry in header.entries)
+            return Readings(problem or _compare_readings(header, stock), plain_count)
         except (OSError, _stock.SafetensorError) as error:
-            problem = printable(" ".join(str(error).split()))
-        return Readings(problem, len(stock.plain))
+            return Readings(printable(" ".join(str(error).split())), 0)
 
 
 class _Stock:
-    """A stock handle whose tensors are given in pieces of bytes, views of its mapping. It is opened
-    anew after a while."""
+    """What stock reads of a file, in pieces. Its handle is opened anew after a while."""
 
-    def __init__(self, opener: Callable[[], Any]) -> None:
-        self._opener = opener
+    def __init__(self, header: _header.Header) -> None:
+        self._header = header
         self._mapped_bytes = 0
-        self.handle = opener()
-        self.plain: dict[str, _check.Entry] = {}  # tensors that stock does not make
+        self.handle = open_stock(header.path)
 
-    def piece(self, name: str, begin: int, end: int) -> Any:
+    def piece(self, entry: _header.Entry, begin: int, end: int) -> bytes:
         """Bytes [begin, end) of a tensor."""
+        name, dtype, shape, first, _ = entry
+        if not _is_made(dtype, shape):
+            return os.pread(self._header.fd, end - begin, first + begin)
         if self._mapped_bytes > MAPPED_BYTES_MAX:
             self.handle.__exit__(None, None, None)
-            self.handle = self._opener()
+            self.handle = open_stock(self._header.path)
             self._mapped_bytes = 0
         self._mapped_bytes += end - begin
-        if _is_made(self.handle.get_dtype(name), self.handle.get_shape(name)):
-            return flat(self.handle.get_tensor(name))[begin:end]
-        return self._plain_piece(name, begin, end)
-
-    def _plain_piece(self, name: str, begin: int, end: int) -> Any:
-        import torch
-
-        path = self.handle.filename_of(name)
-        if name not in self.plain:
-            self.plain[name] = _check.read_entries(path)[name]
-        first = self.plain[name].begin
-        mapped = torch.from_file(path, shared=False, size=first + end, dtype=torch.uint8)
-        return mapped[first + begin :].clone()  # at an address that words can be compared at
+        return _bytes_of(self.handle.get_tensor(name), begin, end)
 
     def __enter__(self) -> _Stock:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.handle.__exit__(None, None, None)
+
+
+def open_stock(path: str) -> Any:
+    """Stock's handle for torch, whatever is patched."""
+    with _stock.bypass():
+        return _stock.safe_open(path, **stock_keywords("pt", "cpu", "mmap"))
+
+
+def _bytes_of(tensor: Any, begin: int, end: int) -> bytes:
+    """A copy of some bytes of a contiguous tensor."""
+    return ctypes.string_at(tensor.data_ptr() + begin, end - begin)
 
 
 def _is_made(dtype: str, shape: list[int]) -> bool:
@@ -295,53 +288,47 @@ def _open_core(path: str, rule: _filter.Rule | None) -> Any:
     try:
         return _native.core.open(path, rule, origin, options.core, False)
     except _native.core.Refused as refusal:
-        raise ValueError(
-            f"{path}: the native core leaves it to safetensors: {refusal.args[1]}"
-        ) from None
+        reason = f"the native core leaves it to safetensors: {refusal.args[1]}"
+        raise ValueError(f"{path}: {reason}") from None
 
 
-def _disagreement(ours: Any, theirs: Any) -> str | None:
+def _disagreement(header: _header.Header, handle: Any) -> str | None:
     """What the two make of the header, where that is not the same."""
-    if sorted(ours.keys()) != sorted(theirs.keys()):
+    if sorted(header.offset_keys()) != sorted(handle.keys()):
         return "the native reader and safetensors find other names in it"
-    for name in ours.keys():  # noqa: SIM118
-        if _kind(ours, name) != _kind(theirs, name):
+    for name, dtype, shape, _, _ in header.entries:
+        theirs = handle.get_slice(name)
+        if (dtype, shape) != (theirs.get_dtype(), theirs.get_shape()):
             return f"tensor {_check.shown(name)} is another one natively and by safetensors"
     return None
 
 
-def _kind(handle: Any, name: str) -> tuple[str, list[int]]:
-    return handle.get_dtype(name), handle.get_shape(name)
-
-
-def _compare_readings(path: str, handle: Any, stock: _Stock) -> str | None:
-    for name, begin, piece in _read_natively(path, handle):
-        found = first_byte(piece, stock.piece(name, begin, begin + piece.numel()))
+def _compare_readings(header: _header.Header, stock: _Stock) -> str | None:
+    for entry, begin, piece in _read_natively(header):
+        found = first_byte(piece, stock.piece(entry, begin, begin + len(piece)))
         if found is not None:
             return (
-                f"tensor {_check.shown(name)}: its byte {begin + found:,} is not the same natively"
-                " and by safetensors"
+                f"tensor {_check.shown(entry[0])}: its byte {begin + found:,} is not the same"
+                " natively and by safetensors"
             )
     return None
 
 
-def _read_natively(path: str, handle: Any) -> Iterator[tuple[str, int, Any]]:
-    """(name, offset in the tensor, bytes) of everything: small tensors as they stream, large ones
-    and those that torch has no dtype for piece by piece."""
-    import torch
-
-    places = {name: _native.core.device_place(handle, name) for name in handle.offset_keys()}
+def _read_natively(header: _header.Header) -> Iterator[tuple[_header.Entry, int, Bytes]]:
+    """(entry, offset in the tensor, bytes) of everything: small tensors as they stream, large ones
+    and those that the stream leaves to stock piece by piece."""
+    entries = {entry[0]: entry for entry in header.entries}
     streamed = frozenset(
         name
-        for name, (dtype, _, begin, end) in places.items()
-        if dtype and end - begin < PIECE_BYTES
+        for name, (_, dtype, shape, begin, end) in entries.items()
+        if dtype != "F4" and _is_made(dtype, shape) and end - begin < PIECE_BYTES
     )
-    with _open_core(path, ("names", streamed)) as small:
+    with _open_core(header.path, ("names", streamed)) as small:
         for name, tensor in small.tensors():
-            yield name, 0, flat(tensor)
-    memory = torch.empty(PIECE_BYTES, dtype=torch.uint8)
-    for name, (_, _, first, behind) in places.items():
+            yield entries[name], 0, _bytes_of(tensor, 0, tensor.nbytes)
+    memory = bytearray(PIECE_BYTES)
+    for name, entry in entries.items():
+        first, behind = entry[3:]
         for begin, end in cut(0 if name in streamed else behind - first, PIECE_BYTES):
-            piece = memory[: end - begin]
-            read_bytes(path, first + begin, piece)
-            yield name, begin, piece
+            read_bytes(header, first + begin, memory, end - begin)
+            yield entry, begin, memory[: end - begin]

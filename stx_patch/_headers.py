@@ -137,6 +137,11 @@ def _read_header(path: str, number: int) -> Header:
         raise CliError(_explain_bad(path, error)) from None
 
 
+def kind_of(head: bytes) -> str | None:
+    """What a file that is no safetensors file seems to be, by its first bytes."""
+    return next((what for magic, what in _MAGICS if head.startswith(magic)), None)
+
+
 def _explain_bad(path: str, error: Exception) -> str:
     """What the file seems to be instead."""
     with open(path, "rb") as file:
@@ -147,9 +152,9 @@ def _explain_bad(path: str, error: Exception) -> str:
         text = file.read(header_bytes) if header_bytes <= _HEADER_MAX_BYTES else b""
     if size_bytes == 0:
         return f"{path} is empty: was it downloaded wholly?"
-    for magic, what in _MAGICS:
-        if head.startswith(magic):
-            return f"{path} is no safetensors file but {what}"
+    what = kind_of(head)
+    if what is not None:
+        return f"{path} is no safetensors file but {what}"
     expected_bytes = _expected_bytes(head, text)
     if expected_bytes > size_bytes:
         return (

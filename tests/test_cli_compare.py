@@ -1,4 +1,5 @@
-"""Proves: `stx-patch verify` finds what is wrong and says where; `stx-patch diff` finds what differs.
+"""Proves: `stx-patch verify` finds what is wrong and says where; `stx-patch diff` finds what is
+different.
 
 Neither needs a file to fit into memory, and what they say of bytes is what the bytes are.
 """
@@ -10,8 +11,9 @@ import struct
 import pytest
 import safetensors.torch
 import torch
-from helpers import DTYPE_BITS, STOCK, outcome, write_raw
+from helpers import DTYPE_BITS, STOCK, outcome, to_bytes, write_raw
 from patch_helpers import leaves_stock, run_python  # noqa: F401
+from test_cli_inspect import examples, write_llama
 from test_header_errors import BY_CHANCE, BY_STOCK, REFUSED, TAKEN
 
 import stx_patch
@@ -178,10 +180,10 @@ PLACES = {
     "UTF-8": ((struct.pack("<Q", 5) + b'{"\xff"}', 0), "byte 10 of the file is no UTF-8"),
     "git-lfs": (
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", 0),
-        "it begins as a Git LFS pointer: the file itself was not downloaded",
+        "header too large; by its beginning it is a git-lfs pointer: `git lfs pull`",
     ),
-    "zip": ((b"PK\x03\x04" + bytes(60), 0), "it begins as a zip archive"),
-    "web page": ((b"<!DOCTYPE html><html>", 0), "it begins as a web page"),
+    "zip": ((b"PK\x03\x04" + bytes(60), 0), "by its beginning it is a zip archive"),
+    "web page": ((b"<!DOCTYPE html><html>", 0), "by its beginning it is a web page"),
 }
 
 
@@ -201,13 +203,23 @@ def test_a_name_cannot_break_the_line(cli, path):
     assert len(lines) == 1 and "a\\n\\x1b[31mb" in lines[0]
 
 
-def test_headers_are_checked_without_torch(sample):
+def test_only_reading_twice_needs_torch(sample):
+    """Without it all is found, but not by how much values differ."""
     run_python(
         """
         import sys
+        sys.modules["torch"] = None
         from stx_patch import _cli
-        assert _cli.main(["verify", sys.argv[1]]) == 0
-        assert "torch" not in sys.modules
+        path, other = sys.argv[1], sys.argv[1] + ".other"
+        content = bytearray(open(path, "rb").read())
+        content[-1] ^= 1
+        open(other, "wb").write(content)
+        assert _cli.main(["verify", path]) == 0
+        assert _cli.main(["verify", path, "--against", path]) == 0
+        assert _cli.main(["verify", path, "--against", other]) == 1
+        assert _cli.main(["verify", path, "--full"]) == 2
+        assert _cli.main(["diff", path, path]) == 0
+        assert _cli.main(["diff", path, other]) == 1
         """,
         sample,
         expect_output=None,
@@ -374,13 +386,13 @@ def test_every_byte_is_read_natively_in_pieces(path, small_pieces, monkeypatch):
     seen = {name: 0 for name in tensors}
     read = _compare._read_natively
 
-    def watch(path, handle):
-        for name, begin, piece in read(path, handle):
-            assert begin == seen[name] and piece.numel() <= 64
-            whole = tensors[name].reshape(-1).view(torch.uint8)
-            assert torch.equal(piece, whole[begin : begin + piece.numel()])
-            seen[name] += piece.numel()
-            yield name, begin, piece
+    def watch(header):
+        for entry, begin, piece in read(header):
+            name = entry[0]
+            assert begin == seen[name] and len(piece) <= 64
+            assert piece == to_bytes(tensors[name])[begin : begin + len(piece)]
+            seen[name] += len(piece)
+            yield entry, begin, piece
 
     monkeypatch.setattr(_compare, "_read_natively", watch)
     assert _compare.check_readings(str(path)) == (None, 0)
@@ -390,8 +402,8 @@ def test_every_byte_is_read_natively_in_pieces(path, small_pieces, monkeypatch):
 def test_stocks_mapping_is_made_anew(path, small_pieces, monkeypatch):
     save(path, {"a": torch.arange(1000)})
     opened = []
-    stock = _compare._open_stock
-    monkeypatch.setattr(_compare, "_open_stock", lambda p: opened.append(p) or stock(p))
+    stock = _compare.open_stock
+    monkeypatch.setattr(_compare, "open_stock", lambda p: opened.append(p) or stock(p))
     assert _compare.check_readings(str(path)).problem is None
     assert len(opened) > 50  # 8,000 bytes, 64 to 128 at a time
 
@@ -403,8 +415,8 @@ def test_readers_that_do_not_agree(cli, path, tmp_path, small_pieces, monkeypatc
     changed = {"small": torch.arange(3), "large": torch.arange(100)}
     changed[name].view(torch.uint8)[at] ^= 1
     other = str(save(tmp_path / "other", changed))
-    stock = _compare._open_stock
-    monkeypatch.setattr(_compare, "_open_stock", lambda p: stock(other))
+    stock = _compare.open_stock
+    monkeypatch.setattr(_compare, "open_stock", lambda p: stock(other))
     status, (line,), _ = cli("verify", path, "--full")
     assert status == 1
     assert f"tensor {name}: its byte {at} is not the same natively and by safetensors" in line
@@ -413,8 +425,8 @@ def test_readers_that_do_not_agree(cli, path, tmp_path, small_pieces, monkeypatc
 def test_a_file_that_cannot_be_read_does_not_verify(cli, path, small_pieces, monkeypatch):
     save(path, {"large": torch.arange(100)})
 
-    def fail(path, offset, memory):
-        raise OSError(5, "Input/output error", path)
+    def fail(header, *arguments):
+        raise OSError(5, "Input/output error", header.path)
 
     monkeypatch.setattr(_compare, "read_bytes", fail)
     status, (line,), _ = cli("verify", path, "--full")
@@ -646,9 +658,10 @@ def test_no_piece_is_larger_than_it_may_be(cli, pair, small_pieces, monkeypatch)
     asked = []
     read = _compare.read_bytes
 
-    def watch(path, offset, memory):
-        asked.append(memory.numel())
-        read(path, offset, memory)
+    def watch(header, offset, memory, size_bytes):
+        assert len(memory) == 64
+        asked.append(size_bytes)
+        read(header, offset, memory, size_bytes)
 
     monkeypatch.setattr(_compare, "read_bytes", watch)
     paths = pair({"x": torch.arange(1000)}, {"x": torch.arange(1000)})
@@ -693,6 +706,21 @@ def test_a_filter_in_force_is_none_of_a_commands(cli, pair):
         assert cli("verify", paths[0], "--against", paths[1])[0] == 1
 
 
+def test_a_file_that_changes_meanwhile_is_trouble(cli, pair, monkeypatch):
+    a, b = pair(some_tensors(), some_tensors())
+    compare = _compare.first_difference
+
+    def change(left, right, name):
+        os.utime(a, ns=(0, 0))
+        return compare(left, right, name)
+
+    monkeypatch.setattr(_compare, "first_difference", change)
+    for command in (("diff", a, b), ("verify", a, "--against", b)):
+        os.utime(a)
+        status, _, errors = cli(*command)
+        assert status == 2 and f"{a} was changed while it was read" in errors
+
+
 def test_a_bad_file_is_trouble_and_named(cli, path, tmp_path):
     save(path, some_tensors())
     bad = tmp_path / "bad.safetensors"
@@ -713,3 +741,25 @@ def test_without_the_core_the_answers_are_the_same(cli, pair, model, monkeypatch
     assert cli("verify", a_path, "--against", model)[0] == 0
     status, lines, _ = cli("diff", a_path, b_path)
     assert status == 1 and lines[0].startswith("bytes: layers.0.w: differs in 1 of 48 elements")
+
+
+# --- the document ---
+
+
+def test_the_examples_of_the_document_print_what_they_show(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_llama(tmp_path / "llama")
+    norm = torch.zeros(4096).bfloat16()
+    save(tmp_path / "norm.safetensors", {"model.norm.weight": norm}, {"format": "pt"})
+    content = (tmp_path / "norm.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[:4096])
+    tuned = {"model.norm.weight": norm.clone(), "model.norm.lora_A.weight": torch.ones(16, 8)}
+    tuned["model.norm.weight"][1000:1003] = torch.tensor([0.5, -0.75, INF])
+    save(tmp_path / "tuned.safetensors", tuned)
+    checked = 0
+    for command, expected in examples():
+        if command.startswith(("verify", "diff")):
+            _, lines, errors = cli(*command.split())
+            assert "\n".join([*lines, ""]) + errors == expected, command
+            checked += 1
+    assert checked >= 5

@@ -120,7 +120,9 @@ def test_without_torch_it_says_so():
         expect_output=None,
     )
     lines = text.splitlines()
-    assert any("problem" in line and "torch" in line and "cannot be imported" in line for line in lines)
+    assert any(
+        "problem" in line and "torch" in line and "cannot be imported" in line for line in lines
+    )
     assert any("CUDA" in line and "unknown without torch" in line for line in lines)
 
 
@@ -553,7 +555,9 @@ def test_only_a_refusal_is_told_as_one(sample, monkeypatch, error, worked):
     found = _machine.try_direct_read(str(sample))
     assert found.worked is worked and found.why_not == os.strerror(error)
     told = _doctor_machine.check_direct(found)
-    assert told.state == NOTE and told.seen.startswith("refused" if worked is False else "not tried")
+    assert told.state == NOTE and told.seen.startswith(
+        "refused" if worked is False else "not tried"
+    )
 
 
 def test_whose_files_are_told_of(tmp_path, monkeypatch):
@@ -561,7 +565,9 @@ def test_whose_files_are_told_of(tmp_path, monkeypatch):
         safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
     assert _doctor_machine.check_residency(str(tmp_path)).seen == "told of 2 files"
     monkeypatch.setattr(_machine.os, "geteuid", lambda: 12345)
-    monkeypatch.setattr(_machine.os, "access", lambda path, *_, **__: path.endswith("a.safetensors"))
+    monkeypatch.setattr(
+        _machine.os, "access", lambda path, *_, **__: path.endswith("a.safetensors")
+    )
     found = _doctor_machine.check_residency(str(tmp_path))
     assert found.state == NOTE and found.seen.startswith("of 1 of 2 files the system does not tell")
     assert str(tmp_path / "b.safetensors") in found.seen

@@ -25,7 +25,7 @@ _SHOWN_MAX = 3  # names in a line
 
 _VERIFY_EXAMPLES = """\
 examples:
-  stx-patch verify model.safetensors               header and coverage, in milliseconds
+  stx-patch verify model.safetensors               header and coverage
   stx-patch verify llama/                          and the index: every name where it says
   stx-patch verify llama/ --full                   every byte, by two readers
   stx-patch verify part.safetensors --against llama/
@@ -49,7 +49,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     verify = commands.add_parser(
         "verify",
         help="whether files are whole, and what is wrong with them",
-        description="Check headers, that tensors cover their file without holes and overlaps, and "
+        description="Check headers, that tensors cover their file without holes and overlaps, and\n"
         "an index against its files. One line for each file.",
         epilog=_VERIFY_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -69,13 +69,13 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     diff = commands.add_parser(
         "diff",
         help="what differs between two files or models",
-        description="Compare names, dtypes, shapes, bytes and metadata of two files, folders or "
+        description="Compare names, dtypes, shapes, bytes and metadata of two files, folders or\n"
         "indexes. Values are compared bit for bit.",
         epilog=_DIFF_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    diff.add_argument("a", metavar="A")
-    diff.add_argument("b", metavar="B")
+    diff.add_argument("a", metavar="A", help="a file, a folder or an index")
+    diff.add_argument("b", metavar="B", help="another")
     diff.add_argument(
         "--names-only", action="store_true", help="read no tensor: all but the bytes is compared"
     )

@@ -25,13 +25,19 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     doctor = commands.add_parser(
         "doctor",
         help="what this machine offers to a load, and what to change",
-        description="Say what is there for fast loads, as found in /proc and /sys and by trying: "
-        "the native core, PyTorch, CUDA, io_uring, direct reads, the file system, the page cache, "
+        description="Say what is there for fast loads, as found in /proc and /sys and by trying:\n"
+        "the native core, PyTorch, CUDA, io_uring, direct reads, the file system, the page cache,\n"
         "memory, and the variables in force.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    doctor.add_argument("path", metavar="PATH", nargs="?", default=".")
+    doctor.add_argument(
+        "path",
+        metavar="PATH",
+        nargs="?",
+        default=".",
+        help="a file or folder of what is to be loaded (the current folder)",
+    )
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.set_defaults(run=run)
 

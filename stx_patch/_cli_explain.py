@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from ._cli_filters import add_filters, filter_of, nothing_kept
+from ._cli_options import add_options, options_of
 from ._cli_text import printable, write
 from ._headers import names_in, naming_bad_files
 
@@ -18,13 +19,6 @@ examples:
   stx-patch explain llama/ --backend pread --engine threads
   stx-patch explain llama/ --device cuda:0 --json
 """
-_OPTIONS = {
-    "engine": "auto, uring or threads: what reads into owned memory",
-    "read_ahead": "auto, off or a size: how far a mapped file is read ahead",
-    "inflight_bytes": "auto or a size such as 64MiB: how much is being read at a time",
-    "direct_io": "auto, on or off: whether reads go past the page cache",
-    "staging_bytes": "auto or a size: pinned memory of loads to a CUDA device",
-}
 _SUMS = (
     "native", "tensors_kept", "tensors_skipped", "bytes_kept", "bytes_skipped", "reads",
     "bytes_expected",
@@ -47,9 +41,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument("--json", action="store_true", help="everything, for programs")
     parser.add_argument("--backend", choices=("mmap", "pread"), default="mmap")
     parser.add_argument("--device", default="cpu", help="cpu, cuda:1, 1, ...")
-    group = parser.add_argument_group("options of reading", "As keywords of load_file.")
-    for name, text in _OPTIONS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", help=text)
+    add_options(parser, "As keywords of load_file.")
     add_filters(parser)
     parser.set_defaults(run=_run)
 
@@ -58,8 +50,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from ._explain import explain
 
     sources: list[str] = arguments.source
-    values = {name: getattr(arguments, name) for name in _OPTIONS}
-    options: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+    options: dict[str, Any] = options_of(arguments)
     device = arguments.device
     with naming_bad_files(sources):
         told = explain(

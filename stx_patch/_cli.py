@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from . import __version__
+from . import __version__, _autopatch
 from ._cli_errors import CliError, complain, is_for_people, message_of
 
 _COMMANDS = (
@@ -24,6 +24,8 @@ _COMMANDS = (
     "_cli_extract",
     "_cli_compare",
     "_cli_doctor",
+    "_cli_run",
+    "_cli_autopatch",
 )
 
 _TROUBLE = 2
@@ -40,6 +42,8 @@ examples:
   stx-patch verify llama/ --full                   whether they are whole
   stx-patch diff llama/ tuned/                     what differs between two models
   stx-patch doctor llama/                          what this machine offers, what to change
+  stx-patch run generate.py --model llama/         a program of yours, patched
+  stx-patch autopatch --install                    a hook for all that start with STX_PATCH=1
 
 `stx-patch COMMAND --help` has examples of each. Exit status: 0 fine, 1 the answer is no, 2 trouble.
 """
@@ -56,6 +60,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `stx-patch` with these arguments; the exit status."""
+    _autopatch.forget()
     try:
         status = _run(argv)
         if sys.stdout is not None:
@@ -90,7 +95,8 @@ def _run(argv: Sequence[str] | None) -> int:
 def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="stx-patch",
-        description="Look into safetensors files, check and compare them, and make new ones.",
+        description="Look into safetensors files, check and compare them, make new ones, and load\n"
+        "them patched.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

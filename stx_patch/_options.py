@@ -149,16 +149,23 @@ def from_environment(keywords: Mapping[str, Any]) -> Options:
     if unknown:
         raise TypeError(f"got an unexpected keyword argument {sorted(unknown)[0]!r}")
     given = dict(keywords)
-    for name, variable in VARIABLES.items():
-        text = os.environ.get(variable)
-        if not text or not text.strip() or name in given:
-            continue
-        try:
-            Options(**{name: text.strip()})
-        except ValueError as error:
-            raise ValueError(f"{variable}: {error}") from None
-        given[name] = text.strip()
+    for name in NAMES:
+        text = None if name in given else of_variable(name)
+        if text is not None:
+            given[name] = text
     return Options(**given) if given else DEFAULT
+
+
+def of_variable(name: str) -> str | None:
+    """What an option's variable says; None where it says nothing. ValueError names the variable."""
+    variable = VARIABLES[name]
+    text = os.environ.get(variable, "").strip()
+    try:
+        if text:
+            Options(**{name: text})
+    except ValueError as error:
+        raise ValueError(f"{variable}: {error}") from None
+    return text or None
 
 
 def with_keywords(options: Options, keywords: Mapping[str, Any]) -> Options:

@@ -23,7 +23,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from . import _filter, _native, _options, _stats, _stock
+from . import _environment, _filter, _native, _options, _stats, _stock
 from ._errors import StxWarning, warn
 
 
@@ -71,22 +71,28 @@ def patch(tensor_filter: _filter.TensorFilter = None, **options: Any) -> None:
     Args:
         tensor_filter: which tensors exist for every file opened from now on: a callable asked about
             each TensorKey, a glob or a list of globs, a set of names, or a `filters` object. None
-            keeps everything. A name left out does not exist for the caller.
+            is what STX_PATCH_FILTER says, else everything. A name left out does not exist for the
+            caller.
         **options: how files are read: the fields of `stx_patch.Options`. What is not given comes
             from the environment as it is now (STX_PATCH_ENGINE and so on).
 
     Raises:
         TypeError: `tensor_filter` is none of these, or a keyword is no option.
-        ValueError: an option's value, or that of its variable.
+        ValueError: an option's value, or that of a variable.
     """
-    global _entries, _process_entry
     rule = _filter.make_rule(tensor_filter)
-    if _is_disabled():  # before the variables are looked at: it has to work whatever they say
-        return
-    entry = Entry(rule, _options.from_environment(options))
+    if not _is_disabled():  # before the variables are looked at: it has to work whatever they say
+        put_in_force(_make_entry(rule, options))
+
+
+def put_in_force(entry: Entry, over: bool = True) -> None:
+    """Make `entry` that of `patch()`; `over`: also where a patch is in force."""
+    global _entries, _process_entry
     _warn_once_without_extension()
     with _lock:
         before = _entries
+        if before and not over:
+            return
         if _process_entry in before:
             _entries = tuple(entry if old is _process_entry else old for old in before)
         else:
@@ -113,7 +119,7 @@ def patched(tensor_filter: _filter.TensorFilter = None, **options: Any) -> Itera
     """`patch()` for a block; yields the block's live `Stats`.
 
     The patch holds for the process, all threads included, until the block ends. What is in force
-    when a file is opened holds for that handle.
+    when a file is opened holds for that handle. Arguments are those of `patch()`.
     """
     global _entries
     rule = _filter.make_rule(tensor_filter)
@@ -124,7 +130,7 @@ def patched(tensor_filter: _filter.TensorFilter = None, **options: Any) -> Itera
         finally:
             report._finish()
         return
-    entry = Entry(rule, _options.from_environment(options))
+    entry = _make_entry(rule, options)
     _warn_once_without_extension()
     with _lock:
         _entries = (*_entries, entry)
@@ -143,8 +149,14 @@ def is_patched() -> bool:
     return current() is not None
 
 
+def _make_entry(rule: _filter.Rule | None, options: dict[str, Any]) -> Entry:
+    """What is not given comes from the environment."""
+    rule = _environment.filter_rule() if rule is None else rule
+    return Entry(rule, _options.from_environment(options))
+
+
 def _is_disabled() -> bool:
-    return os.environ.get("STX_PATCH") == "0"
+    return _environment.switch() is False
 
 
 def _warn_once_without_extension() -> None:

@@ -10,6 +10,7 @@ import torch
 from helpers import STOCK, in_a_child, ours, outcome
 
 import stx_patch
+from stx_patch import _patch, _stats
 
 
 def run_threads(count, work):
@@ -251,7 +252,7 @@ def test_a_fork_while_threads_load(sample):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("module", [stx_patch._stats, stx_patch._patch], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [_stats, _patch], ids=lambda m: m.__name__)
 def test_a_fork_while_another_thread_holds_a_lock(sample, module):
     """A worker forked at the wrong moment must not wait for a thread that it does not have."""
     held, go_on = threading.Event(), threading.Event()

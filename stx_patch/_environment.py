@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What STX_PATCH and STX_PATCH_FILTER say: the patch of programs that cannot be edited.
+
+A filter is text here, so that it reaches processes that are started anew:
+
+    model.layers.0.*, lm_head.*              globs
+    call:package.module:function             a function, imported when the first file is opened
+    json:{"any_of": [{"layers": [0, 2]}, "lm_head.*"]}
+                                             a filter of stx_patch.filters with its arguments
+    file:/path/of/a/file                     the same, without "json:", in a file
+
+This module is imported while an interpreter starts, and so imports nothing before it is needed.
+"""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False  # as in typing, which is not imported for it
+if TYPE_CHECKING:
+    from typing import Any
+
+    from . import _filter, filters
+
+FILTER = "STX_PATCH_FILTER"
+SWITCH = "STX_PATCH"
+
+_SWITCHES = {"1": True, "true": True, "0": False, "false": False}
+_COMBINATIONS = ("all_of", "any_of", "none_of")
+
+
+def switch() -> bool | None:
+    """Whether STX_PATCH turns the patch on or off; None where it says neither."""
+    return _SWITCHES.get(os.environ.get(SWITCH, "").strip().lower())
+
+
+def filter_rule() -> _filter.Rule | None:
+    """The rule of STX_PATCH_FILTER; None where it says nothing.
+
+    Raises:
+        ValueError: it cannot be understood. The variable is named.
+    """
+    text = os.environ.get(FILTER, "").strip()
+    if not text:
+        return None
+    from ._filter import make_rule
+
+    try:
+        return make_rule(parse_filter(text))
+    except Exception as error:  # whatever is wrong, it is wrong with the text
+        raise ValueError(f"{FILTER}: {error}") from error
+
+
+def parse_filter(text: str) -> Any:
+    """The filter that a text describes (see above); an exception says what is wrong with it."""
+    kind, _, rest = text.partition(":")
+    if kind == "call":
+        return _Function(rest.strip())
+    if kind in ("json", "file"):
+        import json
+
+        if kind == "file":
+            with open(rest.strip(), encoding="utf-8") as file:
+                rest = file.read()
+        return _decode(json.loads(rest))
+    globs = [pattern.strip() for pattern in text.split(",")]
+    if "" in globs:
+        raise ValueError(f"{text!r} has an empty pattern in it")
+    return globs
+
+
+def filter_text(tensor_filter: filters.Filter) -> str:
+    """What `parse_filter` makes an equal filter of; TypeError where a callable is part of it."""
+    import json
+
+    return "json:" + json.dumps(_encode(tensor_filter), separators=(",", ":"))
+
+
+class _Function:
+    """A user's function as a filter. Its module is imported when the function is first asked: not
+    while an interpreter starts, and not in processes that open no file."""
+
+    __slots__ = ("_found", "_text")
+
+    def __init__(self, text: str) -> None:
+        module, _, function = text.partition(":")
+        names = (*module.split("."), *function.split("."))
+        if not all(name.isidentifier() for name in names):
+            raise ValueError(f"{text!r} is no package.module:function")
+        self._text = text
+        self._found: Any = None
+
+    def __call__(self, key: _filter.TensorKey) -> Any:
+        if self._found is None:
+            self._found = self._find()
+        return self._found(key)
+
+    def _find(self) -> Any:
+        import importlib
+
+        module, _, function = self._text.partition(":")
+        try:
+            found: Any = importlib.import_module(module)
+            for name in function.split("."):
+                found = getattr(found, name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{FILTER}: there is no {self._text}: {error}") from error
+        if not callable(found):
+            raise ValueError(f"{FILTER}: {self._text} is no function")
+        return found
+
+
+def _decode(value: Any) -> Any:
+    """A filter of what JSON gives: a glob, a list of them, or {name of a filter: [arguments]}."""
+    from . import filters
+
+    if isinstance(value, (str, list)):
+        return value
+    if isinstance(value, dict) and len(value) == 1:
+        ((name, arguments),) = value.items()
+        if name in filters.__all__ and name != "Filter" and isinstance(arguments, list):
+            if name in _COMBINATIONS:
+                arguments = map(_decode, arguments)
+            return getattr(filters, name)(*arguments)
+    raise ValueError(f'{value!r} is no glob, no list of globs and no {{"filter": [arguments]}}')
+
+
+def _encode(operand: Any) -> Any:
+    """The inverse of `_decode`, for what a combination takes."""
+    from . import filters
+
+    if isinstance(operand, filters.Filter):
+        name = type(operand).__name__
+        encode = _encode if name in _COMBINATIONS else _plain
+        return {name: [encode(argument) for argument in operand._operands]}
+    if isinstance(operand, frozenset):
+        return {"names": [_plain(operand)]}
+    if not isinstance(operand, (str, tuple)):
+        raise TypeError(f"a filter with {operand!r} in it cannot be written down")
+    return operand
+
+
+def _plain(argument: Any) -> Any:
+    return sorted(argument) if isinstance(argument, frozenset) else argument

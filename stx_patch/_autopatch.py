@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from . import _filter, _options
 
-RUN = "STX_PATCH_RUN"  # set by `stx-patch run` for its processes
-
 _activated = False
 
 
@@ -39,10 +37,10 @@ def activate() -> None:
     if _activated or not _environment.switch():
         return
     _activated = True
-    if os.environ.get(RUN):
+    if os.environ.get(_environment.RUN):
         from . import _run_report
 
-        _run_report.watch(os.environ[RUN])
+        _run_report.watch(os.environ[_environment.RUN])
     if "safetensors" in sys.modules or "stx_patch._patch" in sys.modules:
         _patch_now()
     else:

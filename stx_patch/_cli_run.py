@@ -19,7 +19,7 @@ import sys
 import tempfile
 from typing import Any
 
-from . import _autopatch, _environment, _options
+from . import _environment, _options
 from ._cli_errors import CliError, complain
 from ._cli_filters import add_filters, filter_of
 from ._cli_options import add_options, options_of
@@ -123,8 +123,8 @@ def _variables_of(arguments: argparse.Namespace, program: list[str]) -> dict[str
     return {
         **variables,
         _environment.SWITCH: "1",
-        _autopatch.RUN: json.dumps(settings),
-        _autopatch.RUN + "_PREFIX": sys.prefix,
+        _environment.RUN: json.dumps(settings),
+        _environment.RUN_PREFIX: sys.prefix,
         "PYTHONPATH": os.pathsep.join([start, *paths] if paths != [""] else [start]),
     }
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import _doctor_machine, _machine, _native, _options
+from . import _doctor_machine, _environment, _machine, _native, _options
 from ._cli_text import count_text
 from ._finding import NOTE, OK, PROBLEM, Finding, worse
 
@@ -184,25 +184,29 @@ def check_variables(environ: Mapping[str, str]) -> Finding:
     for key in ours:
         text = environ[key].strip()
         seen.append(f"{key}={text}")
-        if key == "STX_PATCH" and text == "0":
+        if key == _environment.SWITCH and _environment.switch(environ) is False:
             state = worse(state, NOTE)
             seen[-1] += " (patch() does nothing)"
-        elif key in options:
-            problem = _option_problem(options[key], text)
+        elif key in options or key == _environment.FILTER:
+            problem = _problem(options.get(key), text)
             if problem is not None:
                 state = PROBLEM
                 seen[-1] += f" ({problem})"
                 advice.append(f"correct or unset {key}: what opens a file raises an error")
-        elif key != "STX_PATCH":
+        elif key not in (_environment.SWITCH, _environment.RUN, _environment.RUN_PREFIX):
             state = worse(state, NOTE)
             seen[-1] += " (no variable of this version)"
             advice.append(f"unset {key}")
     return Finding(name, state, ", ".join(seen), "; ".join(advice) or None)
 
 
-def _option_problem(option: str, text: str) -> str | None:
+def _problem(option: str | None, text: str) -> str | None:
+    """What is wrong with the value of an option's variable, or of the filter's."""
     try:
-        _options.Options(**({option: text} if text else {}))
+        if option is None:
+            _environment.filter_rule({_environment.FILTER: text})
+        else:
+            _options.Options(**({option: text} if text else {}))
     except (ValueError, TypeError) as error:
         return str(error)
     return None

@@ -18,29 +18,32 @@ import os
 
 TYPE_CHECKING = False  # as in typing, which is not imported for it
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any
 
     from . import _filter, filters
 
 FILTER = "STX_PATCH_FILTER"
 SWITCH = "STX_PATCH"
+RUN = "STX_PATCH_RUN"  # set by `stx-patch run` for its processes, with the next one
+RUN_PREFIX = "STX_PATCH_RUN_PREFIX"
 
 _SWITCHES = {"1": True, "true": True, "0": False, "false": False}
 _COMBINATIONS = ("all_of", "any_of", "none_of")
 
 
-def switch() -> bool | None:
+def switch(environ: Mapping[str, str] = os.environ) -> bool | None:
     """Whether STX_PATCH turns the patch on or off; None where it says neither."""
-    return _SWITCHES.get(os.environ.get(SWITCH, "").strip().lower())
+    return _SWITCHES.get(environ.get(SWITCH, "").strip().lower())
 
 
-def filter_rule() -> _filter.Rule | None:
+def filter_rule(environ: Mapping[str, str] = os.environ) -> _filter.Rule | None:
     """The rule of STX_PATCH_FILTER; None where it says nothing.
 
     Raises:
         ValueError: it cannot be understood. The variable is named.
     """
-    text = os.environ.get(FILTER, "").strip()
+    text = environ.get(FILTER, "").strip()
     if not text:
         return None
     from ._filter import make_rule

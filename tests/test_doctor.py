@@ -267,6 +267,15 @@ VARIABLES = {
     "empty": ({"STX_PATCH_READ_AHEAD": " "}, OK, "STX_PATCH_READ_AHEAD=", None),
     "on": ({"STX_PATCH": "1"}, OK, "STX_PATCH=1", None),
     "off": ({"STX_PATCH": "0"}, NOTE, "STX_PATCH=0 (patch() does nothing)", None),
+    "off, in words": ({"STX_PATCH": "false"}, NOTE, "=false (patch() does nothing)", None),
+    "filter": ({"STX_PATCH_FILTER": "a.*,b"}, OK, "STX_PATCH_FILTER=a.*,b", None),
+    "wrong filter": (
+        {"STX_PATCH_FILTER": "a,,b"},
+        PROBLEM,
+        "STX_PATCH_FILTER=a,,b (STX_PATCH_FILTER: 'a,,b' has an empty pattern in it)",
+        "correct or unset STX_PATCH_FILTER",
+    ),
+    "run": ({"STX_PATCH_RUN": "{}"}, OK, "STX_PATCH_RUN={}", None),
     "wrong": (
         {"STX_PATCH_INFLIGHT_BYTES": "0", "STX_PATCH": "0"},
         PROBLEM,

@@ -8,7 +8,6 @@ import random
 import resource
 import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -505,13 +504,21 @@ def sparse(tmp_path_factory):
     shutil.rmtree(target)
 
 
+def copied_bytes(folder):
+    """The size of the temporary file; -1 while there is none."""
+    try:
+        return max(
+            (os.path.getsize(os.path.join(folder, n)) for n in leftovers(folder)), default=-1
+        )
+    except FileNotFoundError:  # it got its name just now
+        return -1
+
+
 def test_killed_in_the_middle(sparse):
     """Whenever it is killed, there is the whole file under the target's name, or none."""
     source, folder = sparse
     target = os.path.join(folder, "target.safetensors")
-    start = time.monotonic()
     stx_patch.extract(source, target)
-    needed_s = time.monotonic() - start
     size_bytes = os.path.getsize(target)
     os.unlink(target)
     while_copying, draw = 0, random.Random(3)
@@ -520,10 +527,9 @@ def test_killed_in_the_middle(sparse):
         if child == 0:
             stx_patch.extract(source, target)
             os._exit(0)
-        while not leftovers(folder):
-            if os.path.exists(target):
-                break
-        time.sleep(draw.uniform(0, 0.8 * needed_s))
+        until_bytes = draw.uniform(0, 0.7) * size_bytes
+        while not os.path.exists(target) and copied_bytes(folder) <= until_bytes:
+            pass
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         while_copying += bool(leftovers(folder))

@@ -43,3 +43,13 @@ enum stx_status stx_err_set_errno(struct stx_err *err, int sys_errno, const char
     err->sys_errno = sys_errno;
     return STX_ERR_IO;
 }
+
+const char *stx_err_name(enum stx_status status) {
+    static const char *const names[] = {[STX_OK] = "ok",
+                                        [STX_ERR_FORMAT] = "format",
+                                        [STX_ERR_IO] = "io",
+                                        [STX_ERR_MEMORY] = "memory",
+                                        [STX_ERR_UNSUPPORTED] = "unsupported",
+                                        [STX_ERR_DEVICE] = "device"};
+    return names[status];
+}

@@ -49,6 +49,9 @@ enum stx_status stx_err_set_at(struct stx_err *err, uint64_t position_bytes, con
 /* A system error; `sys_errno` is the errno value, `operation` the failing call's name. */
 enum stx_status stx_err_set_errno(struct stx_err *err, int sys_errno, const char *operation);
 
+/* A status in one word, as it is told to people. Static. */
+const char *stx_err_name(enum stx_status status);
+
 /* Return early, only while nothing is held: otherwise go to one `out:` label. */
 #define STX_TRY(expression)                              \
     do {                                                 \

@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "checked.h"
+#include "trace.h"
 
 #ifndef SYS_cachestat
 #define SYS_cachestat 451 /* the same number on every architecture; Linux 6.5 */
@@ -63,6 +64,7 @@ enum stx_status stx_file_open(struct stx_file *file, const char *path, struct st
         return stx_err_set(err, STX_ERR_UNSUPPORTED, "not a regular file");
     }
     file->fd = fd;
+    file->label = stx_trace_label(path);
     file->residency_is_told = is_told(path, &status);
     file->identity = (struct stx_file_identity){
         .device = (uint64_t)status.st_dev,

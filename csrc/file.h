@@ -23,6 +23,7 @@ struct stx_file_identity {
 struct stx_file {
     int fd;
     bool residency_is_told; /* what the page cache holds of it is no secret from this process */
+    uint32_t label;         /* its path, in a recording (trace.h) */
     struct stx_file_identity identity;
 };
 

@@ -20,6 +20,7 @@
 #include <time.h>
 
 #include "checked.h"
+#include "trace.h"
 
 #define SLOTS_MAX STX_ENGINE_DEPTH_MAX
 #define NONE UINT32_MAX
@@ -40,7 +41,8 @@ struct request {
     uint32_t size_bytes;  /* of the request in flight */
     uint32_t work;        /* which piece */
     uint32_t tries;
-    bool is_sent;     /* at least once */
+    uint32_t sent_count;
+    uint64_t sent_ns; /* while somebody records */
     bool is_direct;   /* the request in flight */
     bool needs_cache; /* the rest of this read does without direct I/O */
 };
@@ -139,11 +141,11 @@ static struct stx_io aim(struct loop *loop, uint32_t slot) {
 static enum stx_status send(struct loop *loop, uint32_t slot, struct stx_err *err) {
     struct request *const request = &loop->requests[slot];
     const struct stx_io io = aim(loop, slot);
+    request->sent_ns = stx_trace_begin();
     STX_TRY(stx_engine_submit(loop->engine, &io, err));
     loop->inflight_bytes += io.size_bytes;
     loop->result->requests++;
-    loop->result->retries += request->is_sent ? 1 : 0;
-    request->is_sent = true;
+    loop->result->retries += request->sent_count++ != 0 ? 1 : 0;
     return STX_OK;
 }
 
@@ -258,10 +260,18 @@ static void finish_read(struct loop *loop, uint32_t slot) {
     if (--work->left == 0) finish_piece(loop, work);
 }
 
+static void record(const struct loop *loop, const struct request *request, int32_t result) {
+    STX_TRACE(STX_TRACE_READ, request->sent_ns, loop->job->files[request->read->file_index].label,
+              loop->result->engine, request->begin_bytes, request->size_bytes,
+              result < 0 ? 0 : (uint64_t)result, request->sent_count - 1, request->is_direct,
+              result < 0 ? (uint64_t)-result : 0);
+}
+
 static enum stx_status settle(struct loop *loop, const struct stx_io_done *done,
                               struct stx_err *err) {
     struct request *const request = &loop->requests[done->tag];
     loop->inflight_bytes -= request->size_bytes;
+    record(loop, request, done->result);
     if (done->result < 0) return settle_failure(loop, done->tag, -done->result, err);
     const uint64_t got_bytes = (uint32_t)done->result;
     const uint64_t reached_bytes = request->begin_bytes + got_bytes;
@@ -336,6 +346,7 @@ enum stx_status stx_load_run_on(struct stx_engine *engine, const struct stx_load
                                 struct stx_load_result *result, struct stx_err *err) {
     assert(engine->outstanding == 0 && engine->depth != 0 && engine->depth <= SLOTS_MAX);
     enum stx_status status = STX_OK;
+    const uint64_t begin_ns = stx_trace_begin();
     struct loop loop = {.job = job,
                         .engine = engine,
                         .result = result,
@@ -349,6 +360,11 @@ enum stx_status stx_load_run_on(struct stx_engine *engine, const struct stx_load
     while (status == STX_OK && !is_over(&loop)) status = turn(&loop, err);
     drain(engine);
     free(loop.directs);
+    const uint32_t label = job->files_count == 0 ? 0 : job->files[0].label;
+    if (status != STX_OK) stx_trace_error(label, result->failed_offset_bytes, err);
+    STX_TRACE(STX_TRACE_ENGINE, begin_ns, label, result->engine, result->bytes_read,
+              result->requests, result->retries, result->direct, result->cancelled,
+              status != STX_OK);
     return status;
 }
 

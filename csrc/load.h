@@ -29,6 +29,7 @@ struct stx_load_file {
     int fd;              /* reads through the page cache */
     int direct_fd;       /* the same file opened with O_DIRECT; -1: none */
     uint64_t size_bytes; /* as it was opened: no read ends beyond */
+    uint32_t label;      /* in a recording (trace.h) */
 };
 
 /* Reads that are to be in memory together. A read lands at its `memory_bytes` from what `begin`

@@ -33,6 +33,7 @@ struct stx_mapping {
     _Atomic(struct stx_mapping_notes *) notes;
     char *bytes;
     uint64_t size_bytes;
+    uint32_t label;
     bool residency_is_told; /* mincore says the truth to owners; others hear that all is there */
 };
 
@@ -84,6 +85,7 @@ enum stx_status stx_mapping_open(struct stx_mapping **mapping, const struct stx_
     opened->bytes = bytes;
     opened->size_bytes = file->identity.size_bytes;
     opened->residency_is_told = file->residency_is_told;
+    opened->label = file->label;
     atomic_init(&opened->counts, ONE_USER);
     atomic_init(&opened->notes, NULL);
     *mapping = opened;
@@ -130,6 +132,8 @@ bool stx_mapping_set_notes(struct stx_mapping *mapping, struct stx_mapping_notes
 }
 
 uint64_t stx_mapping_size_bytes(const struct stx_mapping *mapping) { return mapping->size_bytes; }
+
+uint32_t stx_mapping_label(const struct stx_mapping *mapping) { return mapping->label; }
 
 char *stx_mapping_bytes(const struct stx_mapping *mapping) { return mapping->bytes; }
 

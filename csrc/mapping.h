@@ -48,6 +48,9 @@ bool stx_mapping_set_notes(struct stx_mapping *mapping, struct stx_mapping_notes
 /* The file's size. */
 uint64_t stx_mapping_size_bytes(const struct stx_mapping *mapping);
 
+/* The file's path, in a recording (trace.h). */
+uint32_t stx_mapping_label(const struct stx_mapping *mapping);
+
 /* The file's bytes. Borrowed until the caller's use of the mapping ends. */
 char *stx_mapping_bytes(const struct stx_mapping *mapping);
 

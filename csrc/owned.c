@@ -19,6 +19,7 @@
 #include "mapping.h"
 #include "residency.h"
 #include "thread.h"
+#include "trace.h"
 
 #define SMALL_BYTES (UINT64_C(1) << 20)
 #define SAMPLES_MAX 64
@@ -55,7 +56,8 @@ static void ask_mapping(struct stx_owned_way *way, const struct stx_file *file,
 static void ask_cache(struct stx_owned_way *way, const struct stx_file *file,
                       const struct stx_read *reads, size_t reads_count) {
     struct stx_err ignored;
-    uint64_t cached_bytes = 0, asked_bytes = 0, cached;
+    uint64_t cached_bytes = 0, asked_bytes = 0, total_bytes = 0, cached;
+    const uint64_t begin_ns = stx_trace_begin();
     const size_t step = reads_count / SAMPLES_MAX + 1;
     for (size_t i = 0; i < reads_count; i += step) {
         if (stx_file_cached_range(file, reads[i].begin_bytes, reads[i].end_bytes, &cached,
@@ -68,13 +70,20 @@ static void ask_cache(struct stx_owned_way *way, const struct stx_file *file,
     }
     way->known = true;
     way->warm = cached_bytes >= asked_bytes - asked_bytes / 10;
+    for (size_t i = 0; begin_ns != 0 && i < reads_count; i++)
+        total_bytes += reads[i].end_bytes - reads[i].begin_bytes;
+    STX_TRACE(STX_TRACE_CACHE, begin_ns, file->label, way->warm ? "warm" : "cold", total_bytes,
+              asked_bytes, cached_bytes);
 }
 
 void stx_owned_way_open(struct stx_owned_way *way, const struct stx_file *file,
                         const struct stx_read *reads, size_t reads_count,
                         const struct stx_owned_options *options) {
     *way = (struct stx_owned_way){
-        .load_file = {.fd = file->fd, .direct_fd = -1, .size_bytes = file->identity.size_bytes},
+        .load_file = {.fd = file->fd,
+                      .direct_fd = -1,
+                      .size_bytes = file->identity.size_bytes,
+                      .label = file->label},
         .limits = {.engine = options->engine,
                    .inflight_bytes = options->inflight_bytes,
                    .threads_count = stx_file_is_remote(file) ? REMOTE_THREADS : 0}};
@@ -143,17 +152,27 @@ enum stx_status stx_owned_run(const struct stx_load_job *job, struct stx_load_re
     return stx_load_run(&any, result, err);
 }
 
+enum stx_status stx_owned_read_one(const struct stx_file *file, char *memory, uint64_t begin_bytes,
+                                   uint64_t end_bytes, struct stx_load_result *result,
+                                   struct stx_err *err) {
+    const uint64_t size_bytes = end_bytes - begin_bytes, begin_ns = stx_trace_begin();
+    const enum stx_status status = stx_file_read(file, memory, size_bytes, begin_bytes, err);
+    const bool is_read = status == STX_OK;
+    result->requests++;
+    result->failed_offset_bytes = begin_bytes;
+    if (is_read) result->bytes_read += size_bytes;
+    if (!is_read) stx_trace_error(file->label, begin_bytes, err);
+    STX_TRACE(STX_TRACE_READ, begin_ns, file->label, "plain", begin_bytes, size_bytes,
+              is_read ? size_bytes : 0, 0, 0, is_read ? 0 : (uint64_t)err->sys_errno);
+    return status;
+}
+
 enum stx_status stx_owned_read_plainly(const struct stx_file *file, const struct stx_read *reads,
                                        size_t reads_count, struct stx_arena *arena,
                                        struct stx_load_result *result, struct stx_err *err) {
-    for (size_t i = 0; i < reads_count; i++) {
-        const uint64_t size_bytes = reads[i].end_bytes - reads[i].begin_bytes;
-        result->failed_offset_bytes = reads[i].begin_bytes;
-        STX_TRY(stx_file_read(file, stx_arena_bytes(arena) + reads[i].memory_bytes, size_bytes,
-                              reads[i].begin_bytes, err));
-        result->requests++;
-        result->bytes_read += size_bytes;
-    }
+    for (size_t i = 0; i < reads_count; i++)
+        STX_TRY(stx_owned_read_one(file, stx_arena_bytes(arena) + reads[i].memory_bytes,
+                                   reads[i].begin_bytes, reads[i].end_bytes, result, err));
     return STX_OK;
 }
 
@@ -163,14 +182,9 @@ static enum stx_status read_small(const struct stx_file *file, const struct stx_
                                   struct stx_err *err) {
     for (size_t i = 0; i < plan->spans_count; i++) {
         const struct stx_span *span = &plan->spans[i];
-        const uint64_t size_bytes = span->end_bytes - span->begin_bytes;
         const uint64_t place = stx_plan_place(plan->reads, plan->reads_count, span->begin_bytes);
-        const enum stx_status status =
-            stx_file_read(file, stx_arena_bytes(arena) + place, size_bytes, span->begin_bytes, err);
-        result->requests++;
-        result->failed_offset_bytes = span->begin_bytes;
-        if (status != STX_OK) return status;
-        result->bytes_read += size_bytes;
+        STX_TRY(stx_owned_read_one(file, stx_arena_bytes(arena) + place, span->begin_bytes,
+                                   span->end_bytes, result, err));
     }
     return STX_OK;
 }

@@ -57,8 +57,14 @@ void stx_owned_way_close(struct stx_owned_way *way);
 enum stx_status stx_owned_run(const struct stx_load_job *job, struct stx_load_result *result,
                               struct stx_err *err) STX_NODISCARD;
 
-/* The reads one after the other, by the calling thread, into the memory of their piece. Errors:
- * STX_ERR_IO; `result->failed_offset_bytes` says where. */
+/* The bytes [begin, end) of `file`, by the calling thread, counted in `result`. Errors: STX_ERR_IO;
+ * `result->failed_offset_bytes` says where. */
+enum stx_status stx_owned_read_one(const struct stx_file *file, char *memory, uint64_t begin_bytes,
+                                   uint64_t end_bytes, struct stx_load_result *result,
+                                   struct stx_err *err) STX_NODISCARD;
+
+/* The reads one after the other, by the calling thread, into the memory of their piece. Errors: as
+ * stx_owned_read_one. */
 enum stx_status stx_owned_read_plainly(const struct stx_file *file, const struct stx_read *reads,
                                        size_t reads_count, struct stx_arena *arena,
                                        struct stx_load_result *result,

@@ -12,6 +12,7 @@
 #include "py_plan.h"
 #include "readahead.h"
 #include "residency.h"
+#include "trace.h"
 
 static uint64_t limit_of(const struct stx_py_handle *self) {
     const int64_t wanted = self->options.read_ahead_bytes;
@@ -142,9 +143,11 @@ int stx_py_ahead_all(struct stx_py_handle *self) {
         if (self->ahead == STX_AHEAD_UNDECIDED) settle(self, STX_RESIDENCY_WARM);
         return 0;
     }
-    const uint64_t start_ns = stx_py_clock_ns();
+    const uint64_t start_ns = stx_py_clock_ns(), begin_ns = stx_trace_begin();
     if (stx_py_plan_build(&plan, header, self->keep) != 0) return -1;
     counters->plan_ns += stx_py_clock_ns() - start_ns;
+    STX_TRACE(STX_TRACE_PLAN, begin_ns, self->source.file.label, NULL, plan.spans_count,
+              plan.reads_count, plan.bytes_kept, plan.bytes_read);
     Py_BEGIN_ALLOW_THREADS; /* `busy` keeps the source */
     residency = start(self, &plan);
     Py_END_ALLOW_THREADS;

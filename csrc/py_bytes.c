@@ -18,6 +18,7 @@
 #include "py_names.h"
 #include "py_owned.h"
 #include "py_tensor.h"
+#include "trace.h"
 
 /* Each tensor begins at a multiple of this, as torch's own do. */
 #define ALIGN_BYTES 64
@@ -134,6 +135,7 @@ PyObject *stx_py_bytes_load(PyObject *py_module, PyObject *py_arguments) {
     if (!PyArg_ParseTuple(py_arguments, "SO:load_bytes", &py_data, &py_rule)) return NULL;
     if (stx_py_err_load(state) != 0 || stx_py_torch_load(state) != 0) return NULL;
     if (PyBytes_AsStringAndSize(py_data, &data, &data_bytes) != 0) return NULL;
+    const uint64_t begin_ns = stx_trace_begin();
     loading.data = data;
     loading.data_bytes = (uint64_t)data_bytes;
     if (parse(state, &loading) == 0 && filter(state, &loading, py_rule) == 0 &&
@@ -141,6 +143,8 @@ PyObject *stx_py_bytes_load(PyObject *py_module, PyObject *py_arguments) {
         copy(&loading);
         py_tensors = hand_out(state, &loading);
     }
+    STX_TRACE(STX_TRACE_LOAD, begin_ns, 0, "bytes", loading.header.tensors_count,
+              loading.data_bytes, py_tensors == NULL);
     stx_arena_release(loading.arena);
     PyMem_Free(loading.copies);
     PyMem_Free(loading.places);

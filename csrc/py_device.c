@@ -9,6 +9,7 @@
 #include "py_handle.h"
 #include "py_owned.h"
 #include "py_patience.h"
+#include "trace.h"
 #include "transfer.h"
 
 PyObject *stx_py_device_place(PyObject *py_module, PyObject *py_arguments) {
@@ -132,6 +133,7 @@ PyObject *stx_py_device_read(PyObject *py_module, PyObject *py_arguments) {
     const size_t count = (size_t)PyList_Size(py_extents);
     struct stx_extent *extents = PyMem_Calloc(count + 1, sizeof *extents);
     if (extents == NULL) return PyErr_NoMemory();
+    const uint64_t begin_ns = stx_trace_begin();
     handle->busy++; /* the descriptor stays open */
     const int64_t sum_bytes = take_extents(handle, py_extents, extents);
     int result = sum_bytes < 0 ? -1 : 0;
@@ -139,6 +141,8 @@ PyObject *stx_py_device_read(PyObject *py_module, PyObject *py_arguments) {
         result = read_extents(handle, extents, count, (uint64_t)sum_bytes, index, stream,
                               staging_bytes, tells);
     if (result == 0) state->counters.tensors_native += tensors_count;
+    STX_TRACE(STX_TRACE_LOAD, begin_ns, handle->file->file.label, "device", tensors_count,
+              sum_bytes < 0 ? 0 : (uint64_t)sum_bytes, result != 0);
     stx_py_handle_leave(handle);
     PyMem_Free(extents);
     return result == 0 ? Py_NewRef(Py_None) : NULL;

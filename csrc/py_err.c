@@ -14,28 +14,12 @@ int stx_py_err_load(struct stx_py_state *state) {
     return state->safetensors_error == NULL ? -1 : 0;
 }
 
-static const char *name_kind(enum stx_status status) {
-    switch (status) {
-        case STX_ERR_FORMAT:
-            return "format";
-        case STX_ERR_IO:
-            return "io";
-        case STX_ERR_MEMORY:
-            return "memory";
-        case STX_OK:
-        case STX_ERR_UNSUPPORTED:
-        case STX_ERR_DEVICE: /* opening a file asks none */
-            break;
-    }
-    return "unsupported";
-}
-
 PyObject *stx_py_raise_refused(const struct stx_py_state *state, const struct stx_err *err) {
     /* Messages may hold a cut multi-byte name; "replace" keeps them text. */
     PyObject *py_text =
         PyUnicode_DecodeUTF8(err->message, (Py_ssize_t)strlen(err->message), "replace");
     if (py_text == NULL) return NULL;
-    PyObject *py_arguments = Py_BuildValue("(sNK)", name_kind(err->status), py_text,
+    PyObject *py_arguments = Py_BuildValue("(sNK)", stx_err_name(err->status), py_text,
                                            (unsigned long long)err->position_bytes);
     if (py_arguments == NULL) return NULL;
     PyErr_SetObject(state->refused, py_arguments);

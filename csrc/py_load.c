@@ -8,6 +8,7 @@
 #include "py_handle.h"
 #include "py_owned.h"
 #include "py_tensor.h"
+#include "trace.h"
 
 /* Whether no Python code runs while the dict is made: neither stock's nor a torch mode's. */
 static bool is_all_native(const struct stx_py_handle *self, int dispatch_depth) {
@@ -39,12 +40,25 @@ static PyObject *build_dict(struct stx_py_handle *self, int dispatch_depth) {
     return py_tensors;
 }
 
-PyObject *stx_py_handle_load(struct stx_py_handle *self) {
-    const int dispatch_depth = stx_py_torch_dispatch_depth(self->state);
-    if (dispatch_depth >= 0 && self->file != NULL) return stx_py_owned_load(self, dispatch_depth);
-    if (dispatch_depth < 0 || stx_py_ahead_all(self) != 0) return NULL;
-    const uint64_t start_ns = stx_py_clock_ns();
+/* The same of a mapped file: the reads are planned first. */
+static PyObject *load_mapped(struct stx_py_handle *self, int dispatch_depth) {
+    if (stx_py_ahead_all(self) != 0) return NULL;
+    const uint64_t start_ns = stx_py_clock_ns(), begin_ns = stx_trace_begin();
     PyObject *py_tensors = build_dict(self, dispatch_depth);
     self->state->counters.wrap_ns += stx_py_clock_ns() - start_ns;
+    STX_TRACE(STX_TRACE_TENSORS, begin_ns, self->source.file.label, NULL, self->kept_count,
+              py_tensors == NULL);
+    return py_tensors;
+}
+
+PyObject *stx_py_handle_load(struct stx_py_handle *self) {
+    const bool is_owned = self->file != NULL;
+    const uint64_t begin_ns = stx_trace_begin();
+    const int dispatch_depth = stx_py_torch_dispatch_depth(self->state);
+    if (dispatch_depth < 0) return NULL;
+    PyObject *py_tensors =
+        is_owned ? stx_py_owned_load(self, dispatch_depth) : load_mapped(self, dispatch_depth);
+    STX_TRACE(STX_TRACE_LOAD, begin_ns, self->source.file.label, is_owned ? "owned" : "mapped",
+              self->kept_count, self->kept_bytes, py_tensors == NULL);
     return py_tensors;
 }

@@ -17,6 +17,7 @@
 #include "py_plan.h"
 #include "py_read.h"
 #include "py_tensor.h"
+#include "py_trace.h"
 #include "readahead.h"
 
 uint64_t stx_py_clock_ns(void) {
@@ -119,6 +120,17 @@ static PyMethodDef module_methods[] = {
     /* py_overlap.c */
     {"names_overlap", stx_py_names_overlap, METH_O,
      PyDoc_STR("names_overlap(handles) -> bool: two of them have a name in common, or may have")},
+    /* py_trace.c */
+    {"trace_start", stx_py_trace_start, METH_NOARGS, PyDoc_STR("trace_start(): begin to record")},
+    {"trace_stop", stx_py_trace_stop, METH_NOARGS,
+     PyDoc_STR("trace_stop(): end, and forget what was recorded")},
+    {"trace_count", stx_py_trace_count, METH_NOARGS,
+     PyDoc_STR("trace_count() -> how many records there have been")},
+    {"trace_events", stx_py_trace_events, METH_O,
+     PyDoc_STR("trace_events(first) -> (list of (name, shape, begin_ns, end_ns, thread, "
+               "arguments), lost)")},
+    {"trace_fallback", stx_py_trace_fallback, METH_O,
+     PyDoc_STR("trace_fallback(reason): a call was handed to stock")},
     /* here */
     {"counters", module_counters, METH_NOARGS, PyDoc_STR("counters() -> dict[str, int]")},
     {"engine", module_engine, METH_NOARGS,

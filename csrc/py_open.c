@@ -13,6 +13,7 @@
 #include "py_handle.h"
 #include "py_keeps.h"
 #include "py_tensor.h"
+#include "trace.h"
 
 /* Sum up what is kept; the plan of this handle is made when something is to be read. */
 static void count_kept(struct stx_py_handle *self) {
@@ -33,9 +34,12 @@ static void count_kept(struct stx_py_handle *self) {
     counters->bytes_skipped += total_bytes - self->kept_bytes;
 }
 
-static int apply_filter(struct stx_py_handle *self, PyObject *py_rule, PyObject *py_path) {
+/* `decided_by` is told where there is a filter: "rule", "callable", or "memory". */
+static int apply_filter(struct stx_py_handle *self, PyObject *py_rule, PyObject *py_path,
+                        const char **decided_by) {
     const uint64_t start_ns = stx_py_clock_ns();
     if (py_rule == Py_None) return 0;
+    *decided_by = "memory";
     self->keep = PyMem_Calloc(self->source.header.tensors_count + 1, 1);
     if (self->keep == NULL) return PyErr_NoMemory(), -1;
     const size_t count = self->source.header.tensors_count;
@@ -45,6 +49,7 @@ static int apply_filter(struct stx_py_handle *self, PyObject *py_rule, PyObject 
     if (!stx_py_keeps_find(self->state, number, py_rule, self->keep, count)) {
         result = stx_py_filter_run(self->state, py_rule, py_path, &self->names, self->keep,
                                    &asked_python);
+        *decided_by = asked_python ? "callable" : "rule";
         if (result == 0 && !asked_python)
             stx_py_keeps_add(self->state, number, py_rule, self->keep, count);
     }
@@ -122,8 +127,10 @@ int stx_py_source_read(struct stx_py_state *state, struct stx_source *source, Py
     Py_BEGIN_ALLOW_THREADS;
     status = stx_source_open(source, path, how, &err);
     Py_END_ALLOW_THREADS;
-    if (status != STX_OK) (void)stx_py_raise_refused(state, &err);
-    return status == STX_OK ? 0 : -1;
+    if (status == STX_OK) return 0;
+    stx_trace_error(stx_trace_label(path), err.position_bytes, &err);
+    (void)stx_py_raise_refused(state, &err);
+    return -1;
 }
 
 PyObject *stx_py_handle_open(PyObject *py_module, PyObject *py_arguments) {
@@ -139,7 +146,8 @@ PyObject *stx_py_handle_open(PyObject *py_module, PyObject *py_arguments) {
         return NULL;
     options.read_ahead_bytes = read_ahead_bytes;
     options.inflight_bytes = inflight_bytes;
-    const uint64_t start_ns = stx_py_clock_ns();
+    const char *decided_by = NULL;
+    const uint64_t start_ns = stx_py_clock_ns(), open_ns = stx_trace_begin();
     const int opened =
         stx_py_source_open(state, &source, py_path, reads ? STX_SOURCE_FILE : STX_SOURCE_MAPPED);
     state->counters.header_ns += stx_py_clock_ns() - start_ns;
@@ -147,16 +155,26 @@ PyObject *stx_py_handle_open(PyObject *py_module, PyObject *py_arguments) {
     state->counters.requests += source.header_reads_count;
     state->counters.bytes_read += source.header_read_bytes;
     state->counters.headers_reused += source.header_reused;
+    STX_TRACE(STX_TRACE_OPEN, open_ns, source.file.label,
+              source.header_reused ? "reused" : "parsed", source.header_read_bytes,
+              source.header_reads_count, source.header.file_size_bytes,
+              source.header.tensors_count);
+    const uint64_t filter_ns = stx_trace_begin();
     struct stx_py_handle *self = new_handle(state, &source, &options, py_origin);
     if (self == NULL) return NULL;
     if ((reads && share_file(self) != 0) ||
         stx_py_names_init(&self->names, &self->source.header) != 0 || pass_identity(self) != 0 ||
-        apply_filter(self, py_rule, py_path) != 0) {
+        apply_filter(self, py_rule, py_path, &decided_by) != 0) {
         Py_DECREF(self);
         return NULL;
     }
     state->counters.opens++;
     count_kept(self);
+    if (decided_by != NULL)
+        STX_TRACE(STX_TRACE_FILTER, filter_ns, self->source.file.label, decided_by,
+                  self->kept_count, self->skipped_count, self->kept_bytes,
+                  self->source.header.file_size_bytes - self->source.header.data_begin_bytes -
+                      self->kept_bytes);
     PyObject_GC_Track((PyObject *)self); /* not before: a filter could find it half open */
     return (PyObject *)self;
 }

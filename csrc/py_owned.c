@@ -13,6 +13,7 @@
 #include "py_modes.h"
 #include "py_patience.h"
 #include "py_tensor.h"
+#include "trace.h"
 
 /* --- the descriptor --- */
 
@@ -216,7 +217,7 @@ static PyObject *hand_out(struct stx_py_handle *self, struct stx_arena *arena,
 
 static PyObject *hand_out_all(struct stx_py_handle *self, struct stx_arena *arena,
                               const struct stx_plan *plan, int dispatch_depth) {
-    const uint64_t start_ns = stx_py_clock_ns();
+    const uint64_t start_ns = stx_py_clock_ns(), begin_ns = stx_trace_begin();
     PyObject *py_tensors = PyDict_New();
     const int paused = dispatch_depth == 0 && stx_py_torch_pause_collections(self->state);
     for (size_t i = 0; py_tensors != NULL && i < self->source.header.tensors_count; i++) {
@@ -230,15 +231,19 @@ static PyObject *hand_out_all(struct stx_py_handle *self, struct stx_arena *aren
     }
     if (paused) (void)PyGC_Enable();
     self->state->counters.wrap_ns += stx_py_clock_ns() - start_ns;
+    STX_TRACE(STX_TRACE_TENSORS, begin_ns, self->source.file.label, NULL, self->kept_count,
+              py_tensors == NULL);
     return py_tensors;
 }
 
 PyObject *stx_py_owned_load(struct stx_py_handle *self, int dispatch_depth) {
     struct stx_plan plan = {0};
     if (dispatch_depth != 0) return hand_out_all(self, NULL, &plan, dispatch_depth); /* stock's */
-    const uint64_t start_ns = stx_py_clock_ns();
+    const uint64_t start_ns = stx_py_clock_ns(), begin_ns = stx_trace_begin();
     if (plan_tensors(self, 0, 0, &plan) != 0) return NULL;
     self->state->counters.plan_ns += stx_py_clock_ns() - start_ns;
+    STX_TRACE(STX_TRACE_PLAN, begin_ns, self->source.file.label, NULL, plan.spans_count,
+              plan.reads_count, plan.bytes_kept, plan.bytes_read);
     struct stx_arena *arena = run_plan(self, &plan, 0, true);
     PyObject *py_tensors = arena == NULL ? NULL : hand_out_all(self, arena, &plan, dispatch_depth);
     stx_arena_release(arena);
@@ -251,9 +256,11 @@ PyObject *stx_py_owned_rows(struct stx_py_state *state, const struct stx_file *f
                             uint64_t first, uint64_t count) {
     const uint64_t row_bytes =
         tensor->shape[0] == 0 ? 0 : (tensor->end - tensor->begin) / tensor->shape[0];
+    const uint64_t begin_bytes = data_begin_bytes + tensor->begin + first * row_bytes;
     uint64_t shape[64];
     struct stx_tensor rows = *tensor;
     struct stx_arena *arena = NULL;
+    struct stx_load_result result = {.failed_file = STX_LOAD_NO_FILE};
     struct stx_err err;
     memcpy(shape, tensor->shape, tensor->rank * sizeof shape[0]);
     shape[0] = count;
@@ -264,13 +271,13 @@ PyObject *stx_py_owned_rows(struct stx_py_state *state, const struct stx_file *f
     Py_BEGIN_ALLOW_THREADS; /* whoever called keeps the descriptor open */
     status = stx_arena_open(&arena, rows.end, &err);
     if (status == STX_OK)
-        status = stx_file_read(file, stx_arena_bytes(arena), rows.end,
-                               data_begin_bytes + tensor->begin + first * row_bytes, &err);
+        status = stx_owned_read_one(file, stx_arena_bytes(arena), begin_bytes,
+                                    begin_bytes + rows.end, &result, &err);
     Py_END_ALLOW_THREADS;
+    state->counters.requests += result.requests;
+    state->counters.bytes_read += result.bytes_read;
     PyObject *py_rows = NULL;
     if (status == STX_OK) {
-        state->counters.requests++;
-        state->counters.bytes_read += rows.end;
         py_rows = stx_py_tensor_make_owned(state, arena, 0, &rows);
     } else if (status == STX_ERR_MEMORY) {
         PyErr_SetString(PyExc_MemoryError, err.message);

@@ -18,6 +18,7 @@
 #include "py_patience.h"
 #include "py_tensor.h"
 #include "stream.h"
+#include "trace.h"
 
 /* Read and not handed out, at most; larger tensors raise it. */
 #define WINDOW_BYTES (UINT64_C(128) << 20)
@@ -164,7 +165,7 @@ static void iterator_dealloc(PyObject *py_self) {
 
 /* Wait for the next piece. 1, 0 at the end, -1 with an exception. */
 static int fetch(struct iterator *self) {
-    const uint64_t start_ns = stx_py_clock_ns();
+    const uint64_t start_ns = stx_py_clock_ns(), begin_ns = stx_trace_begin();
     uint64_t failed_offset_bytes = 0;
     struct stx_err err;
     enum stx_status status = STX_OK;
@@ -183,6 +184,7 @@ static int fetch(struct iterator *self) {
             return -1;
     }
     self->handle->state->counters.read_ns += stx_py_clock_ns() - start_ns;
+    STX_TRACE(STX_TRACE_WAIT, begin_ns, stx_stream_file(self->stream)->label, "tensors", 0);
     if (status != STX_OK) {
         (void)stx_py_owned_raise(self->handle, stx_stream_file(self->stream), self->next,
                                  failed_offset_bytes, &err);

@@ -21,6 +21,7 @@
 
 #include "checked.h"
 #include "thread.h"
+#include "trace.h"
 
 #define THREADS_MAX 4
 #define IDLE_MS 200
@@ -116,8 +117,8 @@ static struct stx_mapping *retire(struct wants *wants) {
     return wants->mapping;
 }
 
-/* Add one range of `mapping` to the sums: whole pages, as far as the file goes. */
-static void count_read(const struct stx_mapping *mapping, const struct stx_range *range) {
+/* Add one range of `mapping` to the sums: whole pages, as far as the file goes; answers those. */
+static uint64_t count_read(const struct stx_mapping *mapping, const struct stx_range *range) {
     const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
     const uint64_t end =
         stx_min_u64(stx_align_up(range->end_bytes, page), stx_mapping_size_bytes(mapping));
@@ -125,6 +126,7 @@ static void count_read(const struct stx_mapping *mapping, const struct stx_range
     pool.sums.requests++;
     pool.sums.bytes += whole_bytes;
     pool.sums.over_bytes += whole_bytes - (range->end_bytes - range->begin_bytes);
+    return whole_bytes;
 }
 
 static bool take_urgent(struct wants *wants, struct stx_range *range) {
@@ -140,15 +142,15 @@ static bool take_urgent(struct wants *wants, struct stx_range *range) {
     return true;
 }
 
-/* The next block of work: up to BATCH_RANGES ranges, neighbours joined. */
-static size_t take(struct wants *wants, struct stx_range batch[]) {
+/* The next block of work: up to BATCH_RANGES ranges, neighbours joined, and its whole pages. */
+static size_t take(struct wants *wants, struct stx_range batch[], uint64_t *read_bytes) {
     struct stx_range range;
     uint64_t total_bytes = 0;
     size_t count = 0;
     while (count < BATCH_RANGES && total_bytes < BLOCK_BYTES) {
         if (!take_urgent(wants, &range) && !stx_follow_next(&wants->follow, BLOCK_BYTES, &range))
             break;
-        count_read(wants->mapping, &range);
+        *read_bytes += count_read(wants->mapping, &range);
         total_bytes += range.end_bytes - range.begin_bytes;
         if (count != 0 && batch[count - 1].end_bytes == range.begin_bytes)
             batch[count - 1].end_bytes = range.end_bytes;
@@ -177,11 +179,16 @@ static bool read_batch(const struct stx_mapping *mapping, const struct stx_range
 static void serve(struct wants *wants) {
     struct stx_range batch[BATCH_RANGES];
     struct stx_mapping *const mapping = wants->mapping;
+    const uint64_t begin_ns = stx_trace_begin();
+    uint64_t read_bytes = 0;
     if (!stx_mapping_is_used(mapping)) forget_work(wants);
-    const size_t count = take(wants, batch);
+    const size_t count = take(wants, batch, &read_bytes);
     wants->helpers++;
     (void)pthread_mutex_unlock(&lock);
     const bool whole = read_batch(mapping, batch, count);
+    if (count != 0)
+        STX_TRACE(STX_TRACE_READ_AHEAD, begin_ns, stx_mapping_label(mapping),
+                  whole ? NULL : "truncated", batch[0].begin_bytes, count, read_bytes);
     (void)pthread_mutex_lock(&lock);
     wants->helpers--;
     if (!whole) {
@@ -280,33 +287,34 @@ void stx_readahead_all(struct stx_mapping *mapping, struct stx_range *ranges, si
     }
     if (dense) stx_mapping_expect_all(mapping);
     (void)pthread_mutex_lock(&lock);
-    const struct stx_follow before = wants->follow;
+    struct stx_follow before = wants->follow;
     wants->follow = follow;
     wants->prepared = true;
     wants->dense = dense;
     begin_work(wants);
     (void)pthread_mutex_unlock(&lock);
-    follow = before;
-    stx_follow_free(&follow);
+    stx_follow_free(&before);
 }
 
-/* One range, by whoever is better at it. With no lock held. */
-static void read_one(struct stx_mapping *mapping, struct stx_range range) {
-    struct wants *const wants =
-        range.end_bytes - range.begin_bytes <= INLINE_BYTES ? NULL : wants_of(mapping);
-    if (wants == NULL) stx_mapping_will_need(mapping, range.begin_bytes, range.end_bytes);
+/* By whoever is better at it. With no lock held. */
+void stx_readahead_one(struct stx_mapping *mapping, uint64_t begin_bytes, uint64_t end_bytes) {
+    const struct stx_range range = {begin_bytes, end_bytes};
+    const uint64_t begin_ns = stx_trace_begin();
+    uint64_t read_bytes = 0;
+    if (begin_bytes >= end_bytes) return;
+    struct wants *const wants = end_bytes - begin_bytes <= INLINE_BYTES ? NULL : wants_of(mapping);
+    if (wants == NULL) stx_mapping_will_need(mapping, begin_bytes, end_bytes);
     (void)pthread_mutex_lock(&lock);
     if (wants == NULL) {
-        count_read(mapping, &range);
+        read_bytes = count_read(mapping, &range);
     } else {
         add_urgent(wants, range);
         begin_work(wants);
     }
     (void)pthread_mutex_unlock(&lock);
-}
-
-void stx_readahead_one(struct stx_mapping *mapping, uint64_t begin_bytes, uint64_t end_bytes) {
-    if (begin_bytes < end_bytes) read_one(mapping, (struct stx_range){begin_bytes, end_bytes});
+    if (wants == NULL)
+        STX_TRACE(STX_TRACE_READ_AHEAD, begin_ns, stx_mapping_label(mapping), NULL, begin_bytes, 1,
+                  read_bytes);
 }
 
 void stx_readahead_prepare(struct stx_mapping *mapping, struct stx_range *tensors, size_t count,
@@ -365,7 +373,7 @@ void stx_readahead_demand(struct stx_mapping *mapping, size_t index, uint64_t be
     (void)pthread_mutex_unlock(&lock);
     if (again && !is_resident(mapping, begin_bytes, end_bytes)) /* the system took it back */
         missing = (struct stx_range){begin_bytes, end_bytes};
-    if (missing.begin_bytes < missing.end_bytes) read_one(mapping, missing);
+    stx_readahead_one(mapping, missing.begin_bytes, missing.end_bytes);
 }
 
 /* --- sums --- */

@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "checked.h"
+#include "trace.h"
 
 #define SAMPLES_MAX 64
 #define STEP_BYTES_MIN (UINT64_C(256) << 10)
@@ -22,6 +23,7 @@ enum stx_residency stx_residency_ask(const struct stx_mapping *mapping,
                                      const struct stx_range *ranges, size_t count) {
     uint64_t total_bytes = 0, passed_bytes = 0, sample = 0;
     uint32_t resident_pages = 0, asked_pages = 0;
+    const uint64_t begin_ns = stx_trace_begin();
     for (size_t i = 0; i < count; i++) total_bytes += ranges[i].end_bytes - ranges[i].begin_bytes;
     if (total_bytes == 0) return STX_RESIDENCY_WARM;
     const uint64_t step_bytes = stx_max_u64(total_bytes / SAMPLES_MAX, STEP_BYTES_MIN);
@@ -35,9 +37,20 @@ enum stx_residency stx_residency_ask(const struct stx_mapping *mapping,
         }
         passed_bytes += size_bytes;
     }
-    if (asked_pages == 0) return STX_RESIDENCY_UNKNOWN;
-    return resident_pages >= asked_pages - asked_pages / 10 ? STX_RESIDENCY_WARM
-                                                            : STX_RESIDENCY_COLD;
+    const bool is_warm = resident_pages >= asked_pages - asked_pages / 10;
+    const enum stx_residency found = is_warm ? STX_RESIDENCY_WARM : STX_RESIDENCY_COLD;
+    const enum stx_residency residency = asked_pages == 0 ? STX_RESIDENCY_UNKNOWN : found;
+    STX_TRACE(STX_TRACE_CACHE, begin_ns, stx_mapping_label(mapping), stx_residency_name(residency),
+              total_bytes, asked_pages * (uint64_t)sysconf(_SC_PAGESIZE),
+              resident_pages * (uint64_t)sysconf(_SC_PAGESIZE));
+    return residency;
+}
+
+const char *stx_residency_name(enum stx_residency residency) {
+    static const char *const names[] = {[STX_RESIDENCY_UNKNOWN] = "unknown",
+                                        [STX_RESIDENCY_COLD] = "cold",
+                                        [STX_RESIDENCY_WARM] = "warm"};
+    return names[residency];
 }
 
 /* The beginning of a small file as text; false if there is none. */

@@ -24,6 +24,9 @@ enum stx_residency {
 enum stx_residency stx_residency_ask(const struct stx_mapping *mapping,
                                      const struct stx_range *ranges, size_t count);
 
+/* In one word. Static. */
+const char *stx_residency_name(enum stx_residency residency);
+
 /* How many bytes may be read ahead of a consumer where nobody says: a quarter of the memory that is
  * available to this process, by /proc/meminfo and its control group. */
 uint64_t stx_residency_free_bytes(void);

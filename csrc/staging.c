@@ -14,6 +14,7 @@
 #include "checked.h"
 #include "memory.h"
 #include "thread.h"
+#include "trace.h"
 
 #define DEVICES_MAX 64
 
@@ -26,6 +27,8 @@ struct slot {
     enum state state;
     uint64_t turn; /* of its copies; the lowest come first */
     void *mark;
+    uint64_t sent_ns; /* while somebody records */
+    uint64_t sent_bytes;
 };
 
 struct stx_staging {
@@ -158,6 +161,14 @@ static struct slot *slot_of(struct stx_staging *staging, const char *memory) {
     return &staging->slots[index];
 }
 
+/* Its copies have happened. Under the lock. */
+static void set_free(struct stx_staging *staging, struct slot *slot) {
+    slot->state = FREE;
+    STX_TRACE(STX_TRACE_DEVICE_COPY, slot->sent_ns, 0, staging->device.ops->name,
+              (uint64_t)(slot - staging->slots), slot->sent_bytes);
+    slot->sent_ns = 0;
+}
+
 /* A free slot, after asking for the marks of those that are being copied; and of these the one
  * whose copies come first. Under the lock. */
 static enum stx_status find(struct stx_staging *staging, struct slot **free_slot,
@@ -170,7 +181,7 @@ static enum stx_status find(struct stx_staging *staging, struct slot **free_slot
         bool has_come = false;
         if (slot->state == COPYING) {
             STX_TRY(device->ops->mark_ask(device, slot->mark, &has_come, err));
-            if (has_come) slot->state = FREE;
+            if (has_come) set_free(staging, slot);
         }
         lost_count += slot->state == LOST;
         if (slot->state == FREE && *free_slot == NULL) *free_slot = slot;
@@ -188,6 +199,7 @@ enum stx_status stx_staging_take(struct stx_staging *staging, uint32_t wait_ms, 
     const struct timespec until = stx_thread_deadline(CLOCK_MONOTONIC, wait_ms);
     struct slot *found = NULL, *first = NULL;
     enum stx_status status;
+    uint64_t wait_ns = 0;
     bool waited = wait_ms == 0;
     *memory = NULL;
     (void)pthread_mutex_lock(&staging->lock);
@@ -195,6 +207,7 @@ enum stx_status stx_staging_take(struct stx_staging *staging, uint32_t wait_ms, 
         status = find(staging, &found, &first, err);
         if (status != STX_OK || found != NULL || waited) break;
         waited = true;
+        wait_ns = stx_trace_begin();
         if (first != NULL) {
             void *const mark = first->mark; /* set anew meanwhile, it comes later: no harm */
             (void)pthread_mutex_unlock(&staging->lock);
@@ -210,6 +223,7 @@ enum stx_status stx_staging_take(struct stx_staging *staging, uint32_t wait_ms, 
         *memory = memory_of(staging, found);
     }
     (void)pthread_mutex_unlock(&staging->lock);
+    STX_TRACE(STX_TRACE_WAIT, wait_ns, 0, "slot", 0);
     return status;
 }
 
@@ -222,10 +236,13 @@ static void set_state(struct stx_staging *staging, char *memory, enum state stat
     (void)pthread_mutex_unlock(&staging->lock);
 }
 
-enum stx_status stx_staging_send(struct stx_staging *staging, char *memory, struct stx_err *err) {
+enum stx_status stx_staging_send(struct stx_staging *staging, char *memory, uint64_t size_bytes,
+                                 struct stx_err *err) {
     struct stx_device *const device = &staging->device;
-    void *const mark = slot_of(staging, memory)->mark; /* the caller's while it is READING */
-    const enum stx_status status = device->ops->mark_set(device, mark, err);
+    struct slot *const slot = slot_of(staging, memory); /* the caller's while it is READING */
+    slot->sent_ns = stx_trace_begin();
+    slot->sent_bytes = size_bytes;
+    const enum stx_status status = device->ops->mark_set(device, slot->mark, err);
     set_state(staging, memory, status == STX_OK ? COPYING : LOST);
     return status;
 }
@@ -233,6 +250,7 @@ enum stx_status stx_staging_send(struct stx_staging *staging, char *memory, stru
 enum stx_status stx_staging_drain(struct stx_staging *staging, void *mark, struct stx_err *err) {
     struct stx_device *const device = &staging->device;
     enum stx_status first = STX_OK, status = STX_ERR_DEVICE;
+    const uint64_t wait_ns = stx_trace_begin();
     struct stx_err late;
     (void)pthread_mutex_lock(&staging->lock);
     const uint64_t turn = staging->turns;
@@ -243,12 +261,13 @@ enum stx_status stx_staging_drain(struct stx_staging *staging, void *mark, struc
         if (status == STX_OK) status = device->ops->mark_wait(device, mark, told);
         if (first == STX_OK) first = status;
     }
+    STX_TRACE(STX_TRACE_WAIT, wait_ns, 0, "device", 0);
     if (status != STX_OK) return first;
     (void)pthread_mutex_lock(&staging->lock);
     for (uint32_t i = 0; i < staging->slots_count; i++) {
         struct slot *const slot = &staging->slots[i];
         const bool was_sent = slot->state == LOST || slot->state == COPYING;
-        if (was_sent && slot->turn < turn) slot->state = FREE; /* whatever its mark says */
+        if (was_sent && slot->turn < turn) set_free(staging, slot); /* whatever its mark says */
     }
     (void)pthread_mutex_unlock(&staging->lock);
     return first;

@@ -44,9 +44,9 @@ bool stx_staging_is_pinned(const struct stx_staging *staging);
 enum stx_status stx_staging_take(struct stx_staging *staging, uint32_t wait_ms, char **memory,
                                  struct stx_err *err) STX_NODISCARD;
 
-/* The copies out of a slot are begun: it becomes free when they have happened. Whatever this
- * returns, the slot is not the caller's any more. Errors: STX_ERR_DEVICE. */
-enum stx_status stx_staging_send(struct stx_staging *staging, char *memory,
+/* The copies out of a slot, of `size_bytes`, are begun: it becomes free when they have happened.
+ * Whatever this returns, the slot is not the caller's any more. Errors: STX_ERR_DEVICE. */
+enum stx_status stx_staging_send(struct stx_staging *staging, char *memory, uint64_t size_bytes,
                                  struct stx_err *err) STX_NODISCARD;
 
 /* Wait until all copies so far have happened: what anybody does from then on comes after them.

@@ -17,6 +17,7 @@
 
 #include "checked.h"
 #include "thread.h"
+#include "trace.h"
 
 #define PIECES_IN_WINDOW 8
 
@@ -100,6 +101,7 @@ static size_t cut(const struct stx_header *header, const uint8_t *keep, uint32_t
 static enum stx_status plan_pieces(struct stx_stream *stream, const struct stx_header *header,
                                    const uint8_t *keep, struct stx_err *err) {
     const struct stx_plan_limits limits = stx_owned_limits(header->file_size_bytes);
+    const uint64_t begin_ns = stx_trace_begin();
     struct stx_plan_input *inputs = calloc(stream->pieces_count + 1, sizeof *inputs);
     if (inputs == NULL) return stx_err_set(err, STX_ERR_MEMORY, "no memory for a plan");
     for (size_t i = 0; i < stream->pieces_count; i++)
@@ -124,6 +126,8 @@ static enum stx_status plan_pieces(struct stx_stream *stream, const struct stx_h
                                                          .reads_count = piece->reads_count};
         stream->window_bytes = stx_max_u64(stream->window_bytes, piece->memory_bytes);
     }
+    STX_TRACE(STX_TRACE_PLAN, begin_ns, stream->file.label, NULL, stream->plan.spans_count,
+              stream->plan.reads_count, stream->plan.bytes_kept, stream->plan.bytes_read);
     return STX_OK;
 }
 
@@ -133,10 +137,12 @@ static enum stx_load_next begin_piece(void *context, size_t index, bool may_wait
     struct stx_stream *const stream = context;
     struct piece *const piece = &stream->pieces[index];
     const struct timespec until = stx_thread_deadline(CLOCK_MONOTONIC, 100);
+    const uint64_t begin_ns = stx_trace_begin();
     struct stx_err ignored;
     (void)pthread_mutex_lock(&stream->lock);
     bool fits = false;
-    for (int waits = 0; !stream->stopping; waits++) {
+    int waits = 0;
+    for (; !stream->stopping; waits++) {
         fits = stream->held_bytes + piece->memory_bytes <= stream->window_bytes;
         if (fits || !may_wait || waits == 100 ||
             pthread_cond_timedwait(&stream->change, &stream->lock, &until) != 0)
@@ -145,6 +151,7 @@ static enum stx_load_next begin_piece(void *context, size_t index, bool may_wait
     const bool stopping = stream->stopping;
     if (fits) stream->held_bytes += piece->memory_bytes;
     (void)pthread_mutex_unlock(&stream->lock);
+    if (waits != 0) STX_TRACE(STX_TRACE_WAIT, begin_ns, stream->file.label, "room", 0);
     if (stopping) return STX_LOAD_STOP;
     if (!fits) return STX_LOAD_LATER;
     if (stx_arena_open(&piece->arena, piece->memory_bytes, &ignored) != STX_OK)

@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "checked.h"
+#include "trace.h"
 
 #define SLOT_BYTES STX_STAGING_SLOT_BYTES
 #define WAIT_MS 100
@@ -25,6 +26,7 @@ struct work {
     struct stx_load_piece *pieces;
     char **slots; /* of each piece, while it is read */
     size_t pieces_count;
+    uint64_t copied_bytes;  /* copies of which were begun */
     enum stx_status status; /* of the device */
     struct stx_err err;
 };
@@ -36,6 +38,7 @@ static bool is_small(const struct work *work) { return work->plan.bytes_read < S
 /* The plan knows headers: one whose tensors are the extents. */
 static enum stx_status plan_extents(struct work *work, struct stx_err *err) {
     const struct stx_transfer *const transfer = work->transfer;
+    const uint64_t begin_ns = stx_trace_begin();
     struct stx_tensor *tensors = calloc(transfer->extents_count + 1, sizeof *tensors);
     if (tensors == NULL) return stx_err_set(err, STX_ERR_MEMORY, "no memory for a plan");
     for (size_t i = 0; i < transfer->extents_count; i++) {
@@ -51,6 +54,8 @@ static enum stx_status plan_extents(struct work *work, struct stx_err *err) {
                                            .block_bytes = SLOT_BYTES};
     const enum stx_status status = stx_plan_build(&work->plan, &input, 1, &limits, err);
     free(tensors);
+    STX_TRACE(STX_TRACE_PLAN, begin_ns, transfer->file->label, NULL, work->plan.spans_count,
+              work->plan.reads_count, work->plan.bytes_kept, work->plan.bytes_read);
     return status;
 }
 
@@ -92,8 +97,8 @@ static size_t find_extent(const struct stx_transfer *transfer, uint64_t offset_b
     return first;
 }
 
-static enum stx_status copy_read(const struct work *work, const struct stx_read *read,
-                                 const char *slot, struct stx_err *err) {
+static enum stx_status copy_read(struct work *work, const struct stx_read *read, const char *slot,
+                                 struct stx_err *err) {
     const struct stx_transfer *const transfer = work->transfer;
     for (size_t i = find_extent(transfer, read->begin_bytes);
          i < transfer->extents_count && transfer->extents[i].begin_bytes < read->end_bytes; i++) {
@@ -103,6 +108,7 @@ static enum stx_status copy_read(const struct work *work, const struct stx_read 
         STX_TRY(work->device->ops->copy(
             work->device, extent->target + (begin - extent->begin_bytes),
             slot + read->memory_bytes + (begin - read->begin_bytes), (size_t)(end - begin), err));
+        work->copied_bytes += end - begin;
     }
     return STX_OK;
 }
@@ -131,12 +137,16 @@ static void piece_is_done(void *context, size_t index) {
     struct work *const work = context;
     const struct stx_load_piece *const piece = &work->pieces[index];
     char *const slot = work->slots[index];
+    const uint64_t begin_ns = stx_trace_begin(), before_bytes = work->copied_bytes;
     struct stx_err err;
     work->slots[index] = NULL;
     for (size_t i = 0; i < piece->reads_count && work->status == STX_OK; i++)
         keep_failure(work, copy_read(work, &work->plan.reads[piece->read_first + i], slot, &err),
                      &err);
-    keep_failure(work, stx_staging_send(work->transfer->staging, slot, &err), &err);
+    const uint64_t size_bytes = work->copied_bytes - before_bytes;
+    keep_failure(work, stx_staging_send(work->transfer->staging, slot, size_bytes, &err), &err);
+    STX_TRACE(STX_TRACE_COPY, begin_ns, work->transfer->file->label, work->device->ops->name,
+              work->plan.reads[piece->read_first].begin_bytes, piece->reads_count, size_bytes);
 }
 
 static bool keep_going(void *context) {
@@ -161,12 +171,8 @@ static enum stx_status read_plainly(struct work *work, struct stx_load_result *r
         if (next == STX_LOAD_STOP) return STX_OK;
         for (size_t j = 0; j < work->pieces[i].reads_count; j++) {
             const struct stx_read *const read = &work->plan.reads[work->pieces[i].read_first + j];
-            const uint64_t size_bytes = read->end_bytes - read->begin_bytes;
-            result->failed_offset_bytes = read->begin_bytes;
-            STX_TRY(stx_file_read(work->transfer->file, work->slots[i] + read->memory_bytes,
-                                  size_bytes, read->begin_bytes, err));
-            result->requests++;
-            result->bytes_read += size_bytes;
+            STX_TRY(stx_owned_read_one(work->transfer->file, work->slots[i] + read->memory_bytes,
+                                       read->begin_bytes, read->end_bytes, result, err));
         }
         piece_is_done(work, i);
     }
@@ -246,6 +252,7 @@ enum stx_status stx_transfer_run(const struct stx_transfer *transfer,
         stx_owned_way_close(way);
         work.device->ops->leave(work.device, before);
     }
+    if (status == STX_ERR_DEVICE) stx_trace_error(transfer->file->label, 0, err);
     stx_plan_free(&work.plan);
     free(work.pieces);
     free(work.slots);

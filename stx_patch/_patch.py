@@ -23,7 +23,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from . import _environment, _filter, _native, _options, _stats, _stock
+from . import _environment, _filter, _native, _options, _stats, _stock, _trace
 from ._errors import StxWarning, warn
 
 
@@ -89,6 +89,7 @@ def put_in_force(entry: Entry, over: bool = True) -> None:
     """Make `entry` that of `patch()`; `over`: also where a patch is in force."""
     global _entries, _process_entry
     _warn_once_without_extension()
+    _trace.look_at_environment()
     with _lock:
         before = _entries
         if before and not over:
@@ -115,11 +116,19 @@ def unpatch() -> None:
 
 
 @contextmanager
-def patched(tensor_filter: _filter.TensorFilter = None, **options: Any) -> Iterator[_stats.Report]:
+def patched(
+    tensor_filter: _filter.TensorFilter = None, *, trace: _trace.Path | None = None, **options: Any
+) -> Iterator[_stats.Report]:
     """`patch()` for a block; yields the block's live `Stats`.
 
     The patch holds for the process, all threads included, until the block ends. What is in force
-    when a file is opened holds for that handle. Arguments are those of `patch()`.
+    when a file is opened holds for that handle.
+
+    Args:
+        tensor_filter, **options: as of `patch()`.
+        trace: a file that is written when the block ends, in the place of one that is there: what
+            loads of this process did meanwhile, for ui.perfetto.dev or chrome://tracing
+            (docs/USAGE.md). Where it cannot be written, a StxWarning says so.
     """
     global _entries
     rule = _filter.make_rule(tensor_filter)
@@ -132,6 +141,8 @@ def patched(tensor_filter: _filter.TensorFilter = None, **options: Any) -> Itera
         return
     entry = _make_entry(rule, options)
     _warn_once_without_extension()
+    _trace.look_at_environment()
+    recording = None if trace is None else _trace.start(trace, entry.options)
     with _lock:
         _entries = (*_entries, entry)
     try:
@@ -142,6 +153,8 @@ def patched(tensor_filter: _filter.TensorFilter = None, **options: Any) -> Itera
         report._finish()
         with _lock:
             _remove(entry)
+        if recording is not None:
+            _trace.finish(recording)
 
 
 def is_patched() -> bool:

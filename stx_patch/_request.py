@@ -24,6 +24,7 @@ from . import (
     _sharded,
     _stats,
     _stock,
+    _trace,
 )
 from ._errors import StxFilterWarning, warn
 
@@ -103,6 +104,7 @@ def open_native(
     reason = refuse(request.keywords, path, framework, device, backend)
     if reason is None:
         assert path is not None
+        _trace.look_at_environment()
         index = None if is_cpu(device) else _device.index_in(device)
         known = stock_keywords(framework, device, backend)
         part = None if request.progress is None else request.progress.part()

@@ -145,6 +145,8 @@ def count_fallback(reason: str) -> None:
     """One call was handed to stock."""
     with _lock:
         _fallbacks[reason] = _fallbacks.get(reason, 0) + 1
+    if _native.core is not None:
+        _native.core.trace_fallback(reason)
 
 
 def count_stock_tensors(count: int) -> None:

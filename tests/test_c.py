@@ -90,7 +90,7 @@ def test_what_fuzzing_kept(core, tmp_path):
 def test_program_without_liburing(tmp_path, program):
     """A build with STX_URING=0 does everything with threads."""
     sources = [ROOT / "tests" / "c" / f"{program}.c", *(ROOT / "csrc").glob("engine*.c")]
-    sources += [ROOT / "csrc" / f"{name}.c" for name in ("load", "thread", "err")]
+    sources += [ROOT / "csrc" / f"{name}.c" for name in ("load", "thread", "trace", "err")]
     flags = ["-std=c11", "-D_GNU_SOURCE", "-DSTX_NO_URING", *WARNINGS, *sanitize(SANITIZERS[0])]
     folders = ["-I", ROOT / "csrc", "-I", ROOT / "tests" / "c"]
     compile_with("gcc", *flags, *folders, *sources, "-lpthread", "-o", tmp_path / program)

@@ -24,7 +24,7 @@ LONG_FUNCTIONS: dict[str, int] = {}
 
 # Arrows point down: a file includes only files of a lower layer, or of its own.
 LAYERS = [
-    ("err", "checked", "array", "memory", "dtype", "thread", "copy"),
+    ("err", "checked", "array", "memory", "dtype", "thread", "copy", "trace"),
     ("json", "json_simdjson", "header", "header_cache"),
     ("plan", "match", "order", "follow", "overlap"),
     ("file", "mapping", "residency", "readahead", "source", "arena"),
@@ -48,6 +48,7 @@ LAYERS = [
         "py_patience",
         "py_device",
         "py_read",
+        "py_trace",
     ),
     ("py_module",),
 ]
@@ -192,6 +193,7 @@ def test_functions_are_found():
         "stx_err_set",
         "stx_err_set_at",
         "stx_err_set_errno",
+        "stx_err_name",
     }
     found = list(
         c_functions("static int\nf(int a,\n  int b) {\n  if (a) {\n  }\n}\nint g(void) {\n}\n")

@@ -85,8 +85,9 @@ static inline void world_make(struct world *world, const char *folder, size_t fi
     *world = (struct world){0};
     for (uint32_t i = 0; i < FILES_COUNT; i++) {
         make_scratch(&world->scratch[i], folder, names[i], file_bytes + i * 1000, i + 1);
-        world->files[i] = (struct stx_load_file){world->scratch[i].fd, world->scratch[i].direct_fd,
-                                                 world->scratch[i].size_bytes};
+        world->files[i] = (struct stx_load_file){.fd = world->scratch[i].fd,
+                                                 .direct_fd = world->scratch[i].direct_fd,
+                                                 .size_bytes = world->scratch[i].size_bytes};
     }
 }
 

@@ -231,7 +231,8 @@ static void test_growth(bool is_slow_first, uint64_t expected_bytes) {
     char memory;
     struct idle idle = {.is_slow_first = is_slow_first};
     struct stx_engine self = {.ops = &ops, .state = &idle, .depth = 64};
-    const struct stx_load_file file = {-1, -1, 200 * IDLE_READ_BYTES};
+    const struct stx_load_file file = {
+        .fd = -1, .direct_fd = -1, .size_bytes = 200 * IDLE_READ_BYTES};
     const struct stx_load_piece piece = {0, 200};
     for (size_t i = 0; i < 200; i++)
         reads[i] = (struct stx_read){.begin_bytes = i * IDLE_READ_BYTES,

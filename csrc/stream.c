@@ -151,7 +151,8 @@ static enum stx_load_next begin_piece(void *context, size_t index, bool may_wait
     const bool stopping = stream->stopping;
     if (fits) stream->held_bytes += piece->memory_bytes;
     (void)pthread_mutex_unlock(&stream->lock);
-    if (waits != 0) STX_TRACE(STX_TRACE_WAIT, begin_ns, stream->file.label, "room", 0);
+    if (waits != 0 || (may_wait && !fits))
+        STX_TRACE(STX_TRACE_WAIT, begin_ns, stream->file.label, "room", 0);
     if (stopping) return STX_LOAD_STOP;
     if (!fits) return STX_LOAD_LATER;
     if (stx_arena_open(&piece->arena, piece->memory_bytes, &ignored) != STX_OK)

@@ -199,8 +199,12 @@ def test_a_stream_that_is_ended_early(tmp_path):
         with safetensors.safe_open(path, "pt", backend="pread") as handle:
             tensors = handle.tensors()
             next(tensors)
+            while not any(event[-1].get("for") == "room" for event in _C.trace_events(0)[0]):
+                pass
             tensors.close()
-    (engine,) = Loaded(trace).of("engine")
+    found = Loaded(trace)
+    (engine,) = found.of("engine")
+    assert "room" in [wait["for"] for wait in found.of("wait")]
     assert engine["cancelled"] == 1 and engine["failed"] == 0 and engine["bytes"] < 16 * MIB
 
 

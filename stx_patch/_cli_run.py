@@ -51,7 +51,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     parser.add_argument("--quiet", action="store_true", help="no table")
     parser.add_argument("--json", metavar="FILE", help="write all counters there, too")
-    parser.add_argument("--trace", metavar="FILE", help="set STX_PATCH_TRACE")
+    parser.add_argument("--trace", metavar="FILE", help="write what loads did, for ui.perfetto.dev")
     add_options(parser, "They take the place of STX_PATCH_ENGINE and so on.")
     add_filters(parser)
     parser.add_argument(
@@ -104,7 +104,7 @@ def _variables_of(arguments: argparse.Namespace, program: list[str]) -> dict[str
     _options.from_environment(given)
     variables = {"STX_PATCH_" + name.upper(): value for name, value in given.items()}
     if arguments.trace is not None:
-        variables["STX_PATCH_TRACE"] = os.path.abspath(arguments.trace)
+        variables[_environment.TRACE] = os.path.abspath(arguments.trace)
     folder = os.path.join(tempfile.gettempdir(), "stx-patch-run-" + secrets.token_hex(8))
     tensor_filter = filter_of(arguments)
     if tensor_filter is None:

@@ -193,6 +193,12 @@ def check_variables(environ: Mapping[str, str]) -> Finding:
                 state = PROBLEM
                 seen[-1] += f" ({problem})"
                 advice.append(f"correct or unset {key}: what opens a file raises an error")
+        elif key == _environment.TRACE:
+            folder = os.path.dirname(os.path.abspath(text))
+            if not os.access(folder, os.W_OK):
+                state = worse(state, NOTE)
+                seen[-1] += " (no file can be written there)"
+                advice.append(f"make {folder} a folder that can be written to")
         elif key not in (_environment.SWITCH, _environment.RUN, _environment.RUN_PREFIX):
             state = worse(state, NOTE)
             seen[-1] += " (no variable of this version)"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FILTER = "STX_PATCH_FILTER"
 SWITCH = "STX_PATCH"
+TRACE = "STX_PATCH_TRACE"  # a file for the flight recorder (stx_patch._trace)
 RUN = "STX_PATCH_RUN"  # set by `stx-patch run` for its processes, with the next one
 RUN_PREFIX = "STX_PATCH_RUN_PREFIX"
 

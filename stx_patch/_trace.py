@@ -18,13 +18,12 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from . import _native, _options
+from . import _environment, _native, _options
 from ._errors import StxWarning, warn
 
 Path = str | os.PathLike[str]
 Event = tuple[str, int, int, int, int, dict[str, int | str]]
 
-VARIABLE = "STX_PATCH_TRACE"
 _BESIDE, _MOMENT = 1, 2  # of the core's enum stx_trace_shape
 _LANES = 1 << 24  # numbers of lanes begin here: the system's threads have lower ones
 
@@ -105,7 +104,7 @@ def look_at_environment() -> None:
     if _is_looked_at:
         return
     with _lock:
-        path = os.environ.get(VARIABLE, "").strip()
+        path = os.environ.get(_environment.TRACE, "").strip()
         if path and not _is_looked_at:
             _process = _start(path, _known_options())
             _end_with_process()

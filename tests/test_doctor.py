@@ -275,6 +275,13 @@ VARIABLES = {
         "STX_PATCH_FILTER=a,,b (STX_PATCH_FILTER: 'a,,b' has an empty pattern in it)",
         "correct or unset STX_PATCH_FILTER",
     ),
+    "trace": ({"STX_PATCH_TRACE": "t.json"}, OK, "STX_PATCH_TRACE=t.json", None),
+    "trace to nowhere": (
+        {"STX_PATCH_TRACE": "/nothing/there/t.json"},
+        NOTE,
+        "t.json (no file can be written there)",
+        "make /nothing/there a folder",
+    ),
     "run": ({"STX_PATCH_RUN": "{}"}, OK, "STX_PATCH_RUN={}", None),
     "wrong": (
         {"STX_PATCH_INFLIGHT_BYTES": "0", "STX_PATCH": "0"},

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -147,7 +149,9 @@ def _telling_of_writing(sources: list[str], target: str) -> Iterator[None]:
         warnings.showwarning = _show_warning
         try:
             yield
-        except FileExistsError:
+        except FileExistsError as error:
+            if error.strerror not in (None, os.strerror(errno.EEXIST)):  # more is known
+                raise CliError(f"{error.filename} {error.strerror}") from None
             raise CliError(f"{target} exists: --overwrite replaces it") from None
 
 

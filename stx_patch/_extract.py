@@ -13,14 +13,17 @@ import errno
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import shutil
+import stat
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from . import _files, _filter, _options, _progress, _writer
-from ._selection import Selection, make_rule, single_path
+from . import _files, _filter, _layout, _options, _progress, _writer
+from ._selection import Selection, make_rule, path_of
 
 _BLOCK_BYTES = 1 << 20  # of a stream
 _INDEX = "model.safetensors.index.json"
+_MODEL_FILES = (".safetensors", ".safetensors.index.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,22 +62,23 @@ def extract(
 
     Args:
         source: path of a file, a list of them, a folder or an index.
-        target: path of the file to write; with `max_shard_size` of a folder.
+        target: path of the file to write; with `max_shard_size` of a folder, new or empty.
         tensor_filter: what is kept, as for `load_file`; None keeps everything. The filter of
             `patch()`, if one is in force, also counts.
         names: instead of it, exact names, all of which have to be there.
         prefixes: instead of it, what the names begin with: "model.layers.1" means
             "model.layers.1." and never layer 10. Where none of them matches anything the whole
             model is written, with a warning.
-        overwrite: whether a target that exists is replaced.
+        overwrite: whether a target that exists is replaced: a file, a link itself and not what it
+            leads to, a folder that holds a model and nothing else.
         check: compare every tensor with its source, byte by byte, once it is written. That the
             header is as it should be is always looked at, with safetensors.
-        max_shard_size: bytes, or text such as "5GB": write a folder with files of at most so much
-            (but whole tensors), and an index if there are several.
+        max_shard_size: bytes, or text such as "5GB": write a folder with files of tensors of at
+            most so much together (but whole ones), and an index if there are several.
         progress: as for `load_file`.
 
     Raises:
-        FileExistsError: the target exists.
+        FileExistsError: the target exists, or is a folder with something else in it.
         ValueError: the filter keeps nothing, the target is one of the sources, or the arguments
             contradict each other.
         SafetensorError: names that are missing, a file that is none, or one that was changed
@@ -82,7 +86,7 @@ def extract(
         OSError: what reading or writing says, such as a full disk; it names the file.
     """
     rule, asked = make_rule(tensor_filter, names, prefixes)
-    with Selection(source, rule, asked) as selection:
+    with Selection([source], rule, asked) as selection:
         return _write(selection, target, overwrite, check, max_shard_size, progress)
 
 
@@ -97,24 +101,15 @@ def merge(
 ) -> ExtractResult:
     """Write the tensors of several files, folders or indexes as one safetensors file.
 
-    `__metadata__` is theirs in one; where two say something else, the first one's word counts.
+    `__metadata__` is theirs in one; where two say something else, the first one's word counts. The
+    filter of `patch()`, if one is in force, counts.
 
     Args, Raises: as `extract`; SafetensorError if two files have a tensor of the same name.
     """
     if isinstance(sources, (str, bytes, os.PathLike)):
         raise TypeError("merge takes a list of files; one folder or index is for extract")
-    paths: list[str] = []
-    for source in sources:
-        files = _files.find_files(source)
-        paths += [os.fspath(source)] if files is None else files.paths
-    return extract(
-        paths,
-        target,
-        overwrite=overwrite,
-        check=check,
-        max_shard_size=max_shard_size,
-        progress=progress,
-    )
+    with Selection(list(sources), None, "tensor_filter") as selection:
+        return _write(selection, target, overwrite, check, max_shard_size, progress)
 
 
 class ExtractStream:
@@ -127,7 +122,7 @@ class ExtractStream:
         tensors: how many it has.
     """
 
-    def __init__(self, selection: Selection, layout: _writer.Layout, block_bytes: int) -> None:
+    def __init__(self, selection: Selection, layout: _layout.Layout, block_bytes: int) -> None:
         self._selection = selection
         self._layout = layout
         self._block_bytes = block_bytes
@@ -136,17 +131,22 @@ class ExtractStream:
 
     def __iter__(self) -> Iterator[bytes]:
         layout, block_bytes = self._layout, self._block_bytes
+        self._check_open()
         for at in range(0, len(layout.header), block_bytes):
             yield layout.header[at : at + block_bytes]
         for source, begin, end in layout.runs():
             while begin < end:
-                if source.fd < 0:
-                    raise ValueError("the stream is closed")
+                self._check_open()
                 part = _writer.read_part(source, begin, min(end - begin, block_bytes))
                 begin += len(part)
                 yield part
+        self._check_open()
         for header in self._selection.headers:
             header.check_unchanged()
+
+    def _check_open(self) -> None:
+        if self._selection.is_closed:
+            raise ValueError("the stream is closed")
 
     def close(self) -> None:
         """Close the files it reads. Twice is fine."""
@@ -175,9 +175,9 @@ def extract_stream(
     if block_bytes < 1:
         raise ValueError(f"block_bytes must be at least 1, not {block_bytes}")
     rule, asked = make_rule(tensor_filter, names, prefixes)
-    selection = Selection(source, rule, asked)
+    selection = Selection([source], rule, asked)
     try:
-        layout = _writer.Layout(selection.pieces(), selection.metadata())
+        layout = _layout.Layout(selection.pieces(), selection.metadata())
         return ExtractStream(selection, layout, block_bytes)
     except BaseException:
         selection.close()
@@ -195,76 +195,100 @@ def _write(
     max_shard_size: int | str | None,
     progress: _progress.Target,
 ) -> ExtractResult:
-    path = os.path.abspath(single_path(target))
+    # Not normalised: what ".." means behind a link only the system knows.
+    path = os.path.join(os.getcwd(), path_of("a target", target))
     shown = _progress.make_progress(_options.Options(progress=progress).progress, "Extracting")
     pieces, metadata = list(selection.pieces()), selection.metadata()
     total_tensors, total_bytes = selection.total()
     size_bytes = sum(piece.nbytes for piece in pieces)
-    index = None
-    if max_shard_size is None:
-        layouts = {path: _writer.Layout(pieces, metadata)}
-    else:
-        limit_bytes = _options.size_of("max_shard_size", max_shard_size)
-        layouts, index = _spread(path, pieces, metadata, limit_bytes)
-    targets = [*layouts, *([] if index is None else [index[0]])]
-    _check_targets(targets, selection, overwrite)
-    with contextlib.ExitStack() as stack:
-        if max_shard_size is not None:
-            stack.enter_context(_folder(path, targets))
-        report = stack.enter_context(_reporting(shown, size_bytes))
-        _write_all(layouts, index, overwrite, check, report)
-    return ExtractResult(tuple(targets), len(pieces), total_tensors, size_bytes, total_bytes)
+    with _reporting(shown, size_bytes) as report:
+        if max_shard_size is None:
+            _check_target(path, selection, overwrite)
+            _write_file(
+                _writer.Draft(path), _layout.Layout(pieces, metadata), overwrite, check, report
+            )
+            paths = [path]
+        else:
+            limit_bytes = _options.size_of("max_shard_size", max_shard_size)
+            path = path.rstrip("/") or "/"
+            _check_folder(path, selection, overwrite)
+            shards = _spread(pieces, limit_bytes)
+            paths = _write_folder(path, shards, metadata, overwrite, check, report)
+    return ExtractResult(tuple(paths), len(pieces), total_tensors, size_bytes, total_bytes)
 
 
-def _write_all(
-    layouts: dict[str, _writer.Layout],
-    index: tuple[str, bytes] | None,
+def _write_file(
+    draft: _writer.Draft,
+    content: _layout.Layout | bytes,
+    overwrite: bool = False,
+    check: bool = False,
+    report: _writer.Progress | None = None,
+) -> None:
+    try:
+        draft.open()
+        if isinstance(content, bytes):
+            draft.write(content)
+        else:
+            draft.fill(content, check, report)
+        draft.publish(overwrite)
+    finally:
+        draft.discard()
+
+
+def _write_folder(
+    folder: str,
+    shards: dict[str, list[_layout.Piece]],
+    metadata: dict[str, str] | None,
     overwrite: bool,
     check: bool,
-    report: Callable[[int, int], None] | None,
-) -> None:
-    """All of them are on the disk before the first one has its name."""
-    drafts: list[_writer.Draft] = []
+    report: _writer.Progress | None,
+) -> list[str]:
+    """The paths of what it holds. It is made under a temporary name: whoever loads a folder without
+    an index takes what there is, so there must be none with some of the files."""
+    made = _writer.temporary_path(folder)
     done_bytes = 0
+    contents: dict[str, _layout.Layout | bytes] = {}
+    for name, pieces in shards.items():
+        contents[name] = _layout.Layout(pieces, metadata)
+    if len(shards) > 1:
+        contents[_INDEX] = _make_index(shards)
     try:
-        for path, layout in layouts.items():
-            drafts.append(_writer.Draft(path))
-            told = None if report is None else functools.partial(report, done_bytes)
-            drafts[-1].fill(layout, check, told)
-            done_bytes += layout.data_bytes
-        if index is not None:
-            drafts.append(_writer.Draft(index[0]))
-            drafts[-1].write(index[1])
-        for draft in drafts:
-            draft.publish(overwrite)
-    finally:
-        for draft in drafts:
-            draft.discard()
+        with _writer.naming(folder):
+            os.mkdir(made)
+        for name, content in contents.items():
+            told = None if report is None else functools.partial(_add, report, done_bytes)
+            draft = _writer.Draft(os.path.join(folder, name), made)
+            _write_file(draft, content, check=check, report=told)
+            done_bytes += 0 if isinstance(content, bytes) else content.data_bytes
+        _writer.publish_folder(made, folder, overwrite)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    return [os.path.join(folder, name) for name in contents]
+
+
+def _add(report: _writer.Progress, before_bytes: int, done_bytes: int) -> None:
+    report(before_bytes + done_bytes)
 
 
 @contextlib.contextmanager
 def _reporting(
     shown: _progress.Progress | None, total_bytes: int
-) -> Iterator[Callable[[int, int], None] | None]:
-    """What is called with the bytes of the files before, and of this one; or None."""
+) -> Iterator[_writer.Progress | None]:
+    """What is told how many bytes are done; or None."""
     if shown is None:
         yield None
         return
     part = shown.part()
     try:
-        yield lambda before_bytes, done_bytes: part.report(before_bytes + done_bytes, total_bytes)
+        yield lambda done_bytes: part.report(done_bytes, total_bytes)
     finally:
         part.stop()
 
 
-def _spread(
-    folder: str,
-    pieces: list[_writer.Piece],
-    metadata: dict[str, str] | None,
-    limit_bytes: int,
-) -> tuple[dict[str, _writer.Layout], tuple[str, bytes] | None]:
-    """Files of at most `limit_bytes`, in the order of the source, and the index of several."""
-    shards: list[list[_writer.Piece]] = [[]]
+def _spread(pieces: list[_layout.Piece], limit_bytes: int) -> dict[str, list[_layout.Piece]]:
+    """File name -> tensors of at most `limit_bytes` together, in the order of the source."""
+    shards: list[list[_layout.Piece]] = [[]]
     filled_bytes = 0
     for piece in pieces:
         if shards[-1] and filled_bytes + piece.nbytes > limit_bytes:
@@ -273,53 +297,52 @@ def _spread(
         shards[-1].append(piece)
         filled_bytes += piece.nbytes
     if len(shards) == 1:
-        return {
-            os.path.join(folder, "model.safetensors"): _writer.Layout(shards[0], metadata)
-        }, None
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    weight_map = {
-        piece.entry[0]: name for name, shard in zip(names, shards, strict=True) for piece in shard
-    }
+        return {"model.safetensors": shards[0]}
+    count = len(shards)
+    return {f"model-{i + 1:05}-of-{count:05}.safetensors": shards[i] for i in range(count)}
+
+
+def _make_index(shards: dict[str, list[_layout.Piece]]) -> bytes:
+    weight_map = {piece.entry[0]: name for name, shard in shards.items() for piece in shard}
+    total_bytes = sum(piece.nbytes for shard in shards.values() for piece in shard)
     told = {
-        "metadata": {"total_size": sum(piece.nbytes for piece in pieces)},
+        "metadata": {"total_size": total_bytes},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    layouts = {
-        os.path.join(folder, name): _writer.Layout(shard, metadata)
-        for name, shard in zip(names, shards, strict=True)
-    }
-    text = json.dumps(told, ensure_ascii=False, indent=2).encode() + b"\n"
-    return layouts, (os.path.join(folder, _INDEX), text)
+    return json.dumps(told, ensure_ascii=False, indent=2).encode() + b"\n"
 
 
-def _check_targets(targets: list[str], selection: Selection, overwrite: bool) -> None:
-    for target in targets:
-        for header in selection.headers:
-            if _writer.is_same_file(target, header):
-                raise ValueError(f"{target} is what is read: give another target")
-        if os.path.isdir(target):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), target)
-        if os.path.lexists(target) and not overwrite:
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
-
-
-@contextlib.contextmanager
-def _folder(folder: str, targets: list[str]) -> Iterator[None]:
-    """A folder in which no other model is; gone again if nothing came of it."""
-    is_new = not os.path.lexists(folder)
-    if is_new:
-        os.mkdir(folder)
-    ours = {os.path.basename(target) for target in targets}
-    for name in sorted(os.listdir(folder)):
-        is_model = name.endswith((".safetensors", ".safetensors.index.json"))
-        if is_model and not name.startswith(".") and name not in ours:
-            raise FileExistsError(
-                errno.EEXIST, "a file of another model is there", os.path.join(folder, name)
-            )
+def _check_target(target: str, selection: Selection, overwrite: bool) -> None:
+    for path in selection.paths:
+        if _writer.is_same_file(target, path):
+            raise ValueError(f"{target} is what is read: give another target")
+    if os.path.isdir(target) or not os.path.basename(target):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), target)
     try:
-        yield
-    except BaseException:
-        if is_new:
-            with contextlib.suppress(OSError):  # something is in it
-                os.rmdir(folder)
-        raise
+        mode = os.lstat(target).st_mode
+    except FileNotFoundError:
+        return
+    if not overwrite:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
+    if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
+        raise FileExistsError(errno.EEXIST, "is no file that could be replaced", target)
+
+
+def _check_folder(folder: str, selection: Selection, overwrite: bool) -> None:
+    """It is new or empty or, to overwrite, holds a model and nothing else."""
+    for path in selection.paths:
+        if _writer.is_same_file(folder, os.path.dirname(path) or "."):
+            raise ValueError(f"{folder} is the folder of what is read: give another target")
+    try:
+        mode = os.lstat(folder).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(mode):
+        raise FileExistsError(errno.EEXIST, "is no folder", folder)
+    names = os.listdir(folder)
+    if names and not overwrite:
+        raise FileExistsError(errno.EEXIST, "is a folder that is not empty", folder)
+    others = [name for name in names if not name.endswith(_MODEL_FILES)]
+    if others:
+        what = f"holds {min(others)}, which is no part of a model that could be replaced"
+        raise FileExistsError(errno.EEXIST, what, folder)

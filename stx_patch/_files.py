@@ -85,7 +85,9 @@ def _of_index(path: str) -> Files:
     if not index:
         raise ValueError(f"{path} lists no tensors")
     listed = {file: os.path.join(folder, file) for file in set(index.values())}
-    return Files(sorted(listed.values(), key=natural), index, listed, path)
+    return Files(
+        sorted(listed.values(), key=lambda path: (natural(path), path)), index, listed, path
+    )
 
 
 def index_in(path: str) -> str | None:
@@ -107,7 +109,7 @@ def _of_folder(path: str) -> Files:
     paths = [str(file) for file in found if not file.name.startswith(".")]
     if not paths:
         raise FileNotFoundError(f"No such file or directory: {os.path.join(path, '*.safetensors')}")
-    return Files(sorted(paths, key=natural))
+    return Files(sorted(paths, key=lambda path: (natural(path), path)))
 
 
 def natural(path: str) -> list[tuple[int, int, str]]:

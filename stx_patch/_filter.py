@@ -91,11 +91,11 @@ def _check_depth(rule: Rule, depth: int) -> None:
             _check_depth(child, depth + 1)
 
 
-def make_keys_rule(include_keys: Iterable[str]) -> Rule:
-    """The rule of `include_keys=`: exact names."""
+def make_keys_rule(include_keys: Iterable[str], argument: str = "include_keys") -> Rule:
+    """The rule of `include_keys=`, or of another argument: exact names."""
     if isinstance(include_keys, (str, bytes)) or not isinstance(include_keys, Iterable):
         raise TypeError(
-            f"include_keys must be a collection of names, not {type(include_keys).__name__}"
+            f"{argument} must be a collection of names, not {type(include_keys).__name__}"
         )
     return ("names", frozenset(_exact_str(name) for name in include_keys))
 

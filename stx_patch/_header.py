@@ -8,8 +8,10 @@ raised, or, if it opens the file, the header that it accepted is read here.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import stat
 from typing import Any
 
 from . import _filter, _native, _stock
@@ -30,7 +32,7 @@ class Header:
         kept: of those that the rule keeps.
     """
 
-    __slots__ = ("_identity", "entries", "fd", "kept", "metadata", "path")
+    __slots__ = ("_changed_ns", "_identity", "entries", "fd", "kept", "metadata", "path")
 
     def __init__(
         self,
@@ -41,9 +43,10 @@ class Header:
         entries: list[Entry],
         keep: bytes | None,
     ) -> None:
-        self.path = path
         self.fd = fd
+        self.path = path
         self._identity = identity
+        self._changed_ns = os.fstat(fd).st_ctime_ns  # a time stamp may be put back, this one not
         self.metadata = metadata
         self.entries = entries
         self.kept = entries
@@ -72,15 +75,16 @@ class Header:
         return [entry[0] for entry in self.entries]
 
     def check_unchanged(self) -> None:
-        """SafetensorError if somebody has written to the file since it was opened."""
-        if _identity_of(self.fd) != self._identity:
+        """SafetensorError if the file was changed since it was opened, as far as its times tell."""
+        found = os.fstat(self.fd)
+        if identity_of(found) != self._identity or found.st_ctime_ns != self._changed_ns:
             raise _stock.SafetensorError(f"{self.path} was changed while it was read")
 
     def close(self) -> None:
         """Close the descriptor. Closed already is fine."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        fd, self.fd = self.fd, -1  # in this order: whoever interrupts must not close it again
+        if fd >= 0:
+            os.close(fd)
 
     def __enter__(self) -> Header:
         return self
@@ -98,9 +102,11 @@ def read_header(path: str, rule: _filter.Rule | None = None) -> Header:
 
     Raises:
         FileNotFoundError, OSError, SafetensorError: what opening it with safetensors raises.
+        OSError: it is no regular file.
         Exception: what a callable filter raises.
     """
     _stock.take()
+    _check_kind(path)
     if _native.core is not None:
         try:
             return Header(path, *_native.core.read_header(path, rule))
@@ -108,6 +114,18 @@ def read_header(path: str, rule: _filter.Rule | None = None) -> Header:
             if refusal.args[0] == "memory":
                 raise MemoryError(f"{path}: {refusal.args[1]}") from None
     return _read_stocks(path, rule)
+
+
+def _check_kind(path: str) -> None:
+    """Stock would wait for whoever writes to a pipe. What is not there is stock's to say."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "is not a regular file", path)
 
 
 def open_with_stock(path: str) -> Any:
@@ -124,9 +142,9 @@ def _read_stocks(path: str, rule: _filter.Rule | None) -> Header:
         pass
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        identity = _identity_of(fd)
+        identity = identity_of(os.fstat(fd))
         size_bytes = int.from_bytes(os.pread(fd, PREFIX_BYTES, 0), "little")
-        text = _read_exactly(fd, PREFIX_BYTES, size_bytes)
+        text = _read_exactly(path, fd, PREFIX_BYTES, size_bytes)
         values: dict[str, Any] = json.loads(text.decode())  # of a name that is there twice the last
         metadata = values.pop("__metadata__", None)
         data_begin = PREFIX_BYTES + size_bytes
@@ -135,10 +153,11 @@ def _read_stocks(path: str, rule: _filter.Rule | None) -> Header:
             dtype, shape, (begin, end) = _fields_of(value)
             entries.append((name, dtype, shape, data_begin + begin, data_begin + end))
         entries.sort(key=lambda entry: entry[3:])
-        return Header(path, fd, identity, metadata, entries, _ask(rule, entries, path))
+        keep = _ask(rule, entries, path)
     except BaseException:
         os.close(fd)
         raise
+    return Header(path, fd, identity, metadata, entries, keep)
 
 
 def _fields_of(value: Any) -> tuple[str, list[int], list[int]]:
@@ -160,18 +179,18 @@ def _ask(rule: _filter.Rule | None, entries: list[Entry], path: str) -> bytes | 
     return bytes(_filter.matches(rule, key) for key in keys)
 
 
-def _read_exactly(fd: int, offset: int, size_bytes: int) -> bytes:
+def _read_exactly(path: str, fd: int, offset: int, size_bytes: int) -> bytes:
     parts = []
     while size_bytes > 0:
         part = os.pread(fd, size_bytes, offset)
         if not part:
-            raise _stock.SafetensorError("the file ends within its header")
+            raise _stock.SafetensorError(f"{path}: the file ends within its header")
         parts.append(part)
         offset += len(part)
         size_bytes -= len(part)
     return b"".join(parts)
 
 
-def _identity_of(fd: int) -> Identity:
-    found = os.fstat(fd)
+def identity_of(found: os.stat_result) -> Identity:
+    """What tells a file from another one, and from what it was."""
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

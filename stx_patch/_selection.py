@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from . import _files, _filter, _header, _patch, _sharded, _stock, _writer, filters
+from . import _files, _filter, _header, _layout, _patch, _sharded, _stock, filters
 from ._errors import StxExtractWarning, warn
 
 
@@ -22,7 +22,7 @@ def make_rule(
     if len(asked) > 1:
         raise ValueError(f"give {' or '.join(asked)}, not both")
     if names is not None:
-        return _filter.make_keys_rule(names), "names"
+        return _filter.make_keys_rule(names, "names"), "names"
     if prefixes is not None:
         if isinstance(prefixes, str):
             raise TypeError("prefixes is a list of str")
@@ -31,39 +31,70 @@ def make_rule(
 
 
 class Selection:
-    """The files of a source, opened, and what is kept of them."""
+    """The files of some sources, opened, and what is kept of them.
 
-    def __init__(self, source: _files.Source, rule: _filter.Rule | None, asked: str) -> None:
+    Attributes:
+        headers: of the files in which something may be kept.
+        paths: of all that belongs to the sources, those that need not be opened and indexes too.
+        is_closed: whether it was closed.
+    """
+
+    def __init__(self, sources: list[Any], rule: _filter.Rule | None, asked: str) -> None:
         """Raises as extract(), with nothing left open."""
         _stock.take()
         entry = _patch.current()
         in_force = None if entry is None else entry.rule
-        self._shown = _show(source)
-        self._files = _files.find_files(source) or _files.Files([single_path(source)])
+        both = _filter.both(in_force, rule)
+        self._groups = [
+            _files.find_files(source) or _files.Files([path_of("a source", source)])
+            for source in sources
+        ]
+        if not self._groups:
+            raise ValueError("an empty list of files")
+        self._shown = _show(sources)
+        self.paths = [path for files in self._groups for path in files.paths]
+        self.paths += [files.index_path for files in self._groups if files.index_path is not None]
         self.headers: list[_header.Header] = []
+        self.is_closed = False
         try:
-            self._open(_filter.both(in_force, rule))
+            self._open(both)
             if asked == "names":
                 self._check_names(rule)
             if asked == "prefixes":
                 self._check_prefixes(rule, in_force)
-            if rule is not None and not any(header.kept for header in self.headers):
+            if both is not None and not any(header.kept for header in self.headers):
                 raise ValueError(f"the filter keeps nothing of {self._shown}")
         except BaseException:
             self.close()
             raise
 
     def _open(self, rule: _filter.Rule | None) -> None:
-        self.close()
+        for header in self.headers:
+            header.close()
         self.headers = []
-        paths = _sharded.choose_paths(self._files, rule)
+        for files in self._groups:
+            self._open_group(files, rule)
+        owners: dict[str, str] = {}
+        for header in self.headers if len(self._groups) > 1 else ():
+            for name in header.offset_keys():
+                other = owners.setdefault(name, header.path)
+                if other != header.path:
+                    raise _stock.SafetensorError(
+                        f"two files have a tensor {name}: {other} and {header.path}"
+                    )
+
+    def _open_group(self, files: _files.Files, rule: _filter.Rule | None) -> None:
+        """The files of one source, as they would be loaded together."""
+        paths = _sharded.choose_paths(files, rule)
+        first = len(self.headers)
         for path in paths:
-            self.headers.append(_header.read_header(path, rule))
-        if len(paths) == 1 and self._files.index is None:
+            self.headers.append(_read(path, rule))
+        if len(paths) == 1 and files.index is None:
             return
-        for number, names in _sharded.settle(self._files, paths, self.headers).items():
-            kept = frozenset(self.headers[number].offset_keys()).difference(names)
-            self.headers[number].keep_names(kept)
+        opened = self.headers[first:]
+        for number, names in _sharded.settle(files, paths, opened).items():
+            kept = frozenset(opened[number].offset_keys()).difference(names)
+            opened[number].keep_names(kept)
 
     def _check_names(self, rule: _filter.Rule | None) -> None:
         assert rule is not None
@@ -74,23 +105,25 @@ class Selection:
             )
 
     def _check_prefixes(self, rule: _filter.Rule | None, in_force: _filter.Rule | None) -> None:
+        assert rule is not None
         names = [entry[0] for header in self.headers for entry in header.entries]
-        names += self._files.index or ()  # files of which nothing is kept are not opened
+        for files in self._groups:
+            names += files.index or ()  # files of which nothing is kept are not opened
         missing = _filter.unmatched(rule, names)
         if not missing:
             return
         text = f"nothing in {self._shown} begins with {_list(missing)}"
-        if any(header.kept for header in self.headers):
+        if len(missing) < len(set(rule[1])):
             warn(text, StxExtractWarning)
             return
         warn(f"{text}: the whole model is kept", StxExtractWarning)
         self._open(in_force)
 
-    def pieces(self) -> Iterator[_writer.Piece]:
+    def pieces(self) -> Iterator[_layout.Piece]:
         """What is kept, in the order of files and places."""
         for header in self.headers:
             for entry in header.kept:
-                yield _writer.Piece(header, entry)
+                yield _layout.Piece(header, entry)
 
     def metadata(self) -> dict[str, str] | None:
         """The files' `__metadata__` in one dict, the first one's word first; None without any."""
@@ -106,6 +139,8 @@ class Selection:
         return len(entries), sum(entry[4] - entry[3] for entry in entries)
 
     def close(self) -> None:
+        """Close the files. Twice is fine."""
+        self.is_closed = True
         for header in self.headers:
             header.close()
 
@@ -116,17 +151,33 @@ class Selection:
         self.close()
 
 
-def single_path(source: Any) -> str:
-    path = os.fspath(source)
+def _read(path: str, rule: _filter.Rule | None) -> _header.Header:
+    """A header. What stock says of a bad one names no file."""
+    try:
+        return _header.read_header(path, rule)
+    except _stock.SafetensorError as error:
+        if path in str(error):
+            raise
+        raise _stock.SafetensorError(f"{path}: {error}") from None
+
+
+def path_of(what: str, given: Any) -> str:
+    """`given` as a path; TypeError if it is none. `what` it is, for the error."""
+    try:
+        path = os.fspath(given)
+    except TypeError:
+        path = given
     if not isinstance(path, str):
-        raise TypeError(f"a source is a path, not {type(path).__name__}")
+        raise TypeError(f"{what} is a path, not {type(path).__name__}")
     return path
 
 
-def _show(source: Any) -> str:
-    if isinstance(source, (list, tuple)):
-        return f"{len(source)} files" if len(source) != 1 else _show(source[0])
-    return str(os.fspath(source))
+def _show(sources: list[Any] | tuple[Any, ...]) -> str:
+    """A source, or what stands for several."""
+    only = sources[0] if len(sources) == 1 else sources
+    if isinstance(only, (list, tuple)):
+        return f"{len(only)} files" if len(only) != 1 else _show(only)
+    return str(os.fspath(only))
 
 
 def _list(names: list[str]) -> str:

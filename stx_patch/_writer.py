@@ -11,118 +11,65 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+import shutil
+from collections.abc import Callable, Iterator
 
-from . import _dtype, _header, _stock
+from . import _header, _stock
+from ._layout import Layout
 
-_ALIGN_BYTES = 8
-_HEADER_BYTES_MAX = 100_000_000  # the format's limit
 _COPY_BYTES = 8 << 20  # of one call: Ctrl-C and progress wait no longer
 _AHEAD_BYTES = 64 << 20  # asked of the disk before it is copied
 _BUFFER_BYTES = 1 << 20
 _NAME_BYTES_MAX = 200  # of the target's in the temporary one's
-# What a kernel or a file system says that does not copy from file to file.
-_NO_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY)
+# What kernels and file systems say that do not copy from file to file, or not these files. Whatever
+# else may be behind it, reading and writing says again.
+_NO_COPY = (
+    errno.EXDEV,
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
+    errno.EACCES,
+    errno.EBADF,
+    errno.ENOTTY,
+    errno.ENOENT,
+    errno.ETXTBSY,
+)
 # What a file system says that has no hard links.
 _NO_LINK = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
-_RANKS = {dtype: rank for rank, dtype in enumerate(_dtype.BITS)}
 
 Progress = Callable[[int], object]  # done_bytes
-
-
-class Piece:
-    """A tensor and the file it is in.
-
-    Attributes:
-        source: its file.
-        entry: it in that file's header.
-    """
-
-    __slots__ = ("entry", "source")
-
-    def __init__(self, source: _header.Header, entry: _header.Entry) -> None:
-        self.source = source
-        self.entry = entry
-
-    @property
-    def nbytes(self) -> int:
-        return self.entry[4] - self.entry[3]
-
-
-class Layout:
-    """What a file is made of: the header's bytes, then tensors in safetensors' own order, which
-    aligns them and depends on nothing but their dtypes and names.
-
-    Attributes:
-        header: length and JSON, padded.
-        pieces: the tensors.
-        data_bytes: their sizes.
-    """
-
-    __slots__ = ("data_bytes", "header", "pieces")
-
-    def __init__(self, pieces: Iterable[Piece], metadata: dict[str, str] | None) -> None:
-        """ValueError if the header would be longer than the format allows."""
-        self.pieces = sorted(pieces, key=_place_in_order)
-        header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
-        end = 0
-        for piece in self.pieces:
-            name, dtype, shape = piece.entry[:3]
-            begin, end = end, end + piece.nbytes
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-        self.data_bytes = end
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % _ALIGN_BYTES)
-        if len(text) > _HEADER_BYTES_MAX:
-            raise ValueError(f"a header of {len(text):,} bytes: the format ends at 100,000,000")
-        self.header = len(text).to_bytes(_header.PREFIX_BYTES, "little") + text
-
-    @property
-    def size_bytes(self) -> int:
-        """Of the file."""
-        return len(self.header) + self.data_bytes
-
-    def runs(self) -> Iterator[tuple[_header.Header, int, int]]:
-        """(file, begin, end) of what follows the header, neighbours in one."""
-        source, begin, end = None, 0, 0
-        for piece in self.pieces:
-            if piece.source is source and piece.entry[3] == end:
-                end = piece.entry[4]
-                continue
-            if source is not None and begin != end:
-                yield source, begin, end
-            source, (begin, end) = piece.source, piece.entry[3:]
-        if source is not None and begin != end:
-            yield source, begin, end
-
-
-def _place_in_order(piece: Piece) -> tuple[int, str]:
-    name, dtype = piece.entry[:2]
-    return -_RANKS.get(dtype, -1), name  # one that only a newer safetensors knows comes last
 
 
 # --- the file ---
 
 
 class Draft:
-    """A file under a temporary name until `publish`; `discard` removes it."""
+    """A file under a temporary name from `open` until `publish`; `discard` removes it.
 
-    __slots__ = ("_fd", "_path", "target")
+    Args:
+        target: its path, as errors have it.
+        folder: where it lies meanwhile and gets its name, if not in the target's own.
+    """
 
-    def __init__(self, target: str) -> None:
-        folder, name = os.path.split(target)
-        kept = os.fsdecode(os.fsencode(name)[:_NAME_BYTES_MAX])
-        path = os.path.join(folder, f".{kept}.{secrets.token_hex(6)}.tmp")
+    __slots__ = ("_fd", "_folder", "_path", "target")
+
+    def __init__(self, target: str, folder: str | None = None) -> None:
         self.target = target
+        self._folder = os.path.dirname(target) if folder is None else folder
         self._path: str | None = None
-        with _naming(target):
+        self._fd = -1
+
+    def open(self) -> None:
+        """Make the file. Not part of the making of this, so that there is who discards it."""
+        # The path comes first: whoever interrupts the next call leaves nothing behind.
+        self._path = temporary_path(os.path.join(self._folder, os.path.basename(self.target)))
+        with naming(self.target):
             # Mode bits as a new file's: the umask takes from them.
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self._path = path
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._fd = os.open(self._path, flags, 0o666)
 
     def fill(self, layout: Layout, check: bool, progress: Progress | None) -> None:
         """Write it to the disk, and read its header again with safetensors.
@@ -132,45 +79,82 @@ class Draft:
             SafetensorError: a source ends early or was changed meanwhile, or `check` has found a
                 tensor that is not its source's.
         """
-        with _naming(self.target):
+        assert self._path is not None
+        with naming(self.target):
             _write(self._fd, layout.header)
         copy_runs(layout, self._fd, self.target, progress)
-        for source in {id(piece.source): piece.source for piece in layout.pieces}.values():
-            source.check_unchanged()
-        with _naming(self.target):
+        with naming(self.target):
             os.fsync(self._fd)
-        assert self._path is not None
-        check_header(self._path, layout)
+        check_header(self._path, self.target, layout)
         if check:
             _check_bytes(self._path, self._fd, layout)
+        for source in {id(piece.source): piece.source for piece in layout.pieces}.values():
+            source.check_unchanged()
+        self._close()
 
     def write(self, text: bytes) -> None:
         """Another kind of file."""
-        with _naming(self.target):
+        with naming(self.target):
             _write(self._fd, text)
             os.fsync(self._fd)
+        self._close()
 
     def publish(self, overwrite: bool) -> None:
         """Give it its name. FileExistsError if that is taken and not to be overwritten."""
         assert self._path is not None
-        with _naming(self.target):
+        with naming(self.target):
+            name = os.path.join(self._folder, os.path.basename(self.target))
             if overwrite:
-                os.replace(self._path, self.target)
+                os.replace(self._path, name)
             else:
-                _link(self._path, self.target)
+                _link(self._path, name)
         self._path = None
-        self.discard()
-        _sync_folder(os.path.dirname(self.target))
+        sync_folder(self._folder)
 
     def discard(self) -> None:
-        """Close it, and remove it if it was not published. Twice is fine."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Remove it if it was not published. Twice is fine."""
+        self._close()
         if self._path is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
             self._path = None
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):  # what it has to say, fsync has said
+                os.close(fd)
+
+
+def temporary_path(target: str) -> str:
+    """A hidden name beside `target` that nobody has."""
+    folder, name = os.path.split(target)
+    kept = os.fsdecode(os.fsencode(name)[:_NAME_BYTES_MAX])
+    return os.path.join(folder, f".{kept}.{secrets.token_hex(6)}.tmp")
+
+
+def publish_folder(made: str, folder: str, overwrite: bool) -> None:
+    """Give a folder its name, over an empty one or, to overwrite, in the place of another."""
+    with naming(folder):
+        try:
+            os.rename(made, folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not overwrite:
+                raise
+            _exchange(made, folder)
+    sync_folder(os.path.dirname(folder))
+
+
+def _exchange(made: str, folder: str) -> None:
+    before = temporary_path(folder)
+    try:
+        os.rename(folder, before)
+        os.rename(made, folder)
+    except BaseException:
+        if os.path.lexists(before) and not os.path.lexists(folder):
+            os.rename(before, folder)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _link(path: str, target: str) -> None:
@@ -187,18 +171,20 @@ def _link(path: str, target: str) -> None:
         os.unlink(path)
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str) -> None:
     """The name, too, has to be on the disk; not every file system can be told."""
     with contextlib.suppress(OSError):
-        fd = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = -1
         try:
+            fd = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             os.fsync(fd)
         finally:
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
 
 
 @contextlib.contextmanager
-def _naming(target: str) -> Iterator[None]:
+def naming(target: str) -> Iterator[None]:
     """What the system says of a file of ours is about the target, as far as a caller knows."""
     try:
         yield
@@ -253,14 +239,22 @@ class _Ahead:
             if run is None:
                 return
             source, begin, size_bytes = run
-            with contextlib.suppress(OSError):  # a hint
-                os.posix_fadvise(source.fd, begin, size_bytes, os.POSIX_FADV_WILLNEED)
+            _advise(source.fd, begin, size_bytes, "POSIX_FADV_WILLNEED")
             self._asked_bytes += size_bytes
+
+
+def _advise(fd: int, begin: int, size_bytes: int, advice: str) -> None:
+    """A hint, where the system takes such."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, begin, size_bytes, getattr(os, advice))
 
 
 def _copy_in_kernel(
     source: _header.Header, begin: int, fd: int, target: str, size_bytes: int
 ) -> int:
+    if not hasattr(os, "copy_file_range"):
+        return 0
     try:
         return os.copy_file_range(source.fd, fd, size_bytes, offset_src=begin)
     except OSError as error:
@@ -273,7 +267,7 @@ def _copy_by_buffer(
     source: _header.Header, begin: int, fd: int, target: str, size_bytes: int
 ) -> int:
     part = read_part(source, begin, min(size_bytes, _BUFFER_BYTES))
-    with _naming(target):
+    with naming(target):
         _write(fd, part)
     return len(part)
 
@@ -311,7 +305,7 @@ def _write(fd: int, text: bytes) -> None:
 # --- what was written ---
 
 
-def check_header(path: str, layout: Layout) -> None:
+def check_header(path: str, target: str, layout: Layout) -> None:
     """What safetensors reads in the file is what was to be written; else RuntimeError."""
     with _header.open_with_stock(path) as handle:
         names = handle.keys()
@@ -322,12 +316,14 @@ def check_header(path: str, layout: Layout) -> None:
     wanted = {piece.entry[0]: piece.entry[1:3] for piece in layout.pieces}
     if found != wanted:
         wrong = next(name for name in {**wanted, **found} if found.get(name) != wanted.get(name))
-        raise RuntimeError(f"{wrong} was written as something else: this is a bug of stx_patch")
+        raise RuntimeError(
+            f"{target}: {wrong} was written as something else: this is a bug of stx_patch"
+        )
 
 
 def _check_bytes(path: str, fd: int, layout: Layout) -> None:
     """Every tensor, from the disk again, equals its source; else SafetensorError."""
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    _advise(fd, 0, 0, "POSIX_FADV_DONTNEED")
     with _header.read_header(path) as written:
         places = {entry[0]: entry[3:] for entry in written.entries}
         for piece in layout.pieces:
@@ -351,9 +347,9 @@ def _read_whole(source: _header.Header, begin: int, size_bytes: int) -> bytes:
     return bytes(parts)
 
 
-def is_same_file(path: str, source: _header.Header) -> bool:
-    """Whether `path` leads to the file that `source` is of."""
+def is_same_file(path: str, other: str) -> bool:
+    """Whether both lead to one file that is there."""
     try:
-        return os.path.samestat(os.stat(path), os.fstat(source.fd))
+        return os.path.samefile(path, other)
     except OSError:
         return False

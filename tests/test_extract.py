@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from test_parity import files
 
 import stx_patch
-from stx_patch import _header, _native, _writer, filters
+from stx_patch import _header, _layout, _native, _writer, filters
 
 MIB = 1 << 20
 
@@ -256,11 +257,120 @@ def test_shards_and_an_index(llama, tmp_path):
     assert all(to_bytes(loaded[name]) == to_bytes(tensor) for name, tensor in tensors.items())
     one = stx_patch.extract(target, tmp_path / "one", max_shard_size="1GB")
     assert [os.path.basename(path) for path in one.paths] == ["model.safetensors"]
-    with pytest.raises(FileExistsError, match=r"another model.*model-00001-of"):
-        stx_patch.extract(tmp_path / "one", target, max_shard_size="1GB", overwrite=True)
     with pytest.raises(ValueError, match="max_shard_size"):
         stx_patch.extract(folder, tmp_path / "no", max_shard_size="much")
     assert not (tmp_path / "no").exists()
+
+
+def test_a_folder_appears_whole(llama, tmp_path, monkeypatch):
+    """Whoever loads a folder without an index takes what there is: there is never only a part."""
+    folder, tensors = llama
+    target = tmp_path / "sharded"
+    seen = []
+
+    def look(done_bytes, total_bytes):
+        seen.append(target.exists())
+        if done_bytes > total_bytes / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stx_patch.extract(folder, target, max_shard_size="15KB", progress=look)
+    assert seen and not any(seen) and os.listdir(tmp_path) == ["llama"]
+    target.mkdir()
+    stx_patch.extract(folder, target, max_shard_size="15KB")  # over an empty one
+    before = what_is_in(target)
+    for refusal in (False, True):
+        (target / "config.json").write_text("{}") if refusal else None
+        with pytest.raises(FileExistsError, match=r"config\.json" if refusal else "not empty"):
+            stx_patch.extract(
+                folder, target, max_shard_size="50KB", overwrite=refusal, names=["lm_head.weight"]
+            )
+    (target / "config.json").unlink()
+    assert what_is_in(target) == before
+
+    monkeypatch.setattr(_writer, "sync_folder", lambda folder: 1 / 0)  # as late as can be
+    with pytest.raises(ZeroDivisionError):
+        stx_patch.extract(folder, target, max_shard_size="15KB", overwrite=True, prefixes=["model"])
+    assert what_is_in(target) == before and not leftovers(tmp_path)
+    monkeypatch.undo()
+    stx_patch.extract(folder, target, max_shard_size="1GB", overwrite=True, prefixes=["model"])
+    assert os.listdir(target) == ["model.safetensors"] and not leftovers(tmp_path)
+    expected = {name for name in tensors if name.startswith("model.")}
+    assert stx_patch.load_file(target).keys() == expected
+    with pytest.raises(FileExistsError, match="is no folder"):
+        stx_patch.extract(folder, target / "model.safetensors", max_shard_size="1GB")
+    with pytest.raises(ValueError, match="is the folder of what is read"):
+        stx_patch.extract(target, target, max_shard_size="1GB", overwrite=True)
+
+
+def test_a_folder_that_cannot_be_exchanged_is_as_it_was(llama, tmp_path, monkeypatch):
+    target = tmp_path / "sharded"
+    stx_patch.extract(llama[0], target, max_shard_size="15KB")
+    before, real = what_is_in(target), os.rename
+
+    def fail(old, new):
+        if new == str(target) and not target.exists():
+            monkeypatch.undo()
+            raise OSError(errno.EIO, "gone")
+        real(old, new)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="sharded"):
+        stx_patch.extract(llama[0], target, max_shard_size="1GB", overwrite=True)
+    assert what_is_in(target) == before and not leftovers(tmp_path)
+
+
+def test_more_shards_than_a_process_may_have_files(tmp_path):
+    save_file({f"t{n}": torch.zeros(1) for n in range(100)}, tmp_path / "many")
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        result = stx_patch.extract(tmp_path / "many", tmp_path / "s", max_shard_size=1)
+        assert len(result.paths) == 101
+
+    assert in_a_child(work) == 0
+
+
+def save_settled(folder):
+    """An index that says which of two files counts for "twice"."""
+    folder.mkdir()
+    save_file({"a": torch.zeros(3), "twice": torch.zeros(3)}, folder / "m-1.safetensors")
+    save_file({"b": torch.ones(3), "twice": torch.ones(3)}, folder / "m-2.safetensors")
+    files = {"a": "m-1.safetensors", "b": "m-2.safetensors", "twice": "m-2.safetensors"}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    return index, files
+
+
+@pytest.mark.parametrize("merges", [False, True])
+def test_what_an_index_says_counts(tmp_path, target, merges):
+    index, files = save_settled(tmp_path / "m")
+    other = tmp_path / "other.safetensors"
+    save_file({"c": torch.zeros(1)}, other)
+    if merges:
+        stx_patch.merge([index, other], target)
+    else:
+        stx_patch.extract(tmp_path / "m", target)
+    loaded = STOCK.load_file(target)
+    assert loaded.keys() == {"a", "b", "twice"} | ({"c"} if merges else set())
+    assert loaded["twice"].equal(torch.ones(3))
+    index.write_text(json.dumps({"weight_map": files | {"z": "m-2.safetensors"}}))
+    with pytest.raises(safetensors.SafetensorError, match="lists tensor z"):
+        stx_patch.merge([tmp_path / "m", other], tmp_path / "no")
+
+
+def test_the_order_of_files_is_one(tmp_path):
+    """Names that are equal by their numbers, too: the first file's metadata counts."""
+    for name in ("m-01", "m-1", "m-001"):
+        save_file({name: torch.zeros(1)}, tmp_path / f"{name}.safetensors", metadata={"of": name})
+    code = f"""
+        import stx_patch
+        stx_patch.extract({str(tmp_path)!r}, {str(tmp_path)!r} + "/out", overwrite=True)
+        print(stx_patch.safe_open({str(tmp_path)!r} + "/out", "np").metadata()["of"])
+    """
+    for seed in ("1", "2", "3"):
+        said = run_python(code, env={"PYTHONHASHSEED": seed}, expect_output=None)
+        assert said.strip() == "m-001"
 
 
 def test_two_files_with_a_tensor_of_the_same_name(model, tmp_path, target):
@@ -331,6 +441,50 @@ def test_what_is_refused(model, target, tmp_path):
     refused(safetensors.SafetensorError, "incomplete metadata", cut, target)
 
 
+def test_what_no_file_can_be_written_to(model, target, tmp_path):
+    refused(IsADirectoryError, "part.safetensors/", model, f"{target}/")
+    refused(OSError, "File name too long", model, tmp_path / ("x" * 300))
+    os.mkfifo(target)
+    error = refused(FileExistsError, "is no file", model, target, overwrite=True)
+    assert error.filename == str(target)
+    refused(OSError, "is not a regular file: .*part", target, tmp_path / "other")
+    refused(IsADirectoryError, str(tmp_path), [tmp_path], tmp_path / "other")
+    with pytest.raises(TypeError, match="names must be a collection"):
+        stx_patch.extract(model, target, names="empty")
+    for source, place in ((1, target), (model, b"target"), (model, None)):
+        with pytest.raises(TypeError, match="a source is a path" if source == 1 else "a target is"):
+            stx_patch.extract(source, place)
+    with pytest.raises(TypeError, match="a list of files"):
+        stx_patch.merge(model, target)
+    with pytest.raises(ValueError, match="empty list"):
+        stx_patch.merge([], target)
+    (tmp_path / "cut").write_bytes(model.read_bytes()[:-1])
+    with pytest.raises(safetensors.SafetensorError, match=r"/cut: .*incomplete metadata"):
+        stx_patch.merge([model, tmp_path / "cut"], tmp_path / "other")
+
+
+def test_a_path_means_what_the_system_means_by_it(model, tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("a/b")
+    monkeypatch.chdir(tmp_path)
+    result = stx_patch.extract("model.safetensors", "link/../out", names=["empty"])
+    assert (tmp_path / "a" / "out").exists() and not (tmp_path / "out").exists()
+    assert os.path.samefile(result.paths[0], tmp_path / "a" / "out")
+
+
+def test_a_header_that_is_too_long(model, target, monkeypatch):
+    monkeypatch.setattr(_layout, "_HEADER_BYTES_MAX", 100)
+    refused(ValueError, r"38 tensors need .* 100: write several", model, target)
+
+
+def test_the_filter_in_force_may_keep_nothing(model, target):
+    with stx_patch.patched(tensor_filter="nothing*"):
+        refused(ValueError, "keeps nothing", model, target)
+    with stx_patch.patched(tensor_filter="*.b.*"), pytest.warns(stx_patch.StxExtractWarning):
+        # One prefix is there, but for the filter: that is no reason to take everything.
+        refused(ValueError, "keeps nothing", model, target, prefixes=["empty", "nothing"])
+
+
 def test_a_target_that_exists(model, target):
     target.write_bytes(b"precious")
     error = refused(FileExistsError, "part.safetensors", model, target)
@@ -351,8 +505,26 @@ def test_the_source_as_target(model, target, link):
     assert model.read_bytes() == before
 
 
-def test_a_target_that_appears_meanwhile(model, target):
+def test_what_belongs_to_the_source_as_target(llama):
+    """Also what needs not be opened for the part that is wanted."""
+    folder, _ = llama
+    for name in sorted(os.listdir(folder)):
+        if name.endswith((".safetensors", ".index.json")):
+            refused(
+                ValueError,
+                "is what is read",
+                folder,
+                folder / name,
+                overwrite=True,
+                names=["lm_head.weight"],
+            )
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_target_that_appears_meanwhile(model, target, monkeypatch, links):
     """Nobody's file is replaced without being asked."""
+    if not links:
+        forbid_links(monkeypatch)
 
     def appear(done_bytes, total_bytes):
         target.write_bytes(b"somebody's")
@@ -399,11 +571,9 @@ def test_a_full_disk(model, tmp_path, target):
     def work():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
-        try:
+        with pytest.raises(OSError, match="File too large") as caught:
             stx_patch.extract(model, target)
-        except OSError as error:
-            return 0 if (error.errno, error.filename) == (errno.EFBIG, str(target)) else 2
-        return 1
+        assert caught.value.filename == str(target)
 
     assert in_a_child(work) == 0
     assert not target.exists() and not leftovers(tmp_path)
@@ -416,6 +586,22 @@ def test_a_source_that_is_changed_meanwhile(model, target):
     with pytest.raises(safetensors.SafetensorError, match=r"model\.safetensors was changed"):
         stx_patch.extract(model, target, progress=change)
     assert not target.exists() and not leftovers(target.parent)
+
+
+def test_a_source_whose_time_was_put_back(model, target):
+    """As rsync and cp -p do, but for the time of the change itself."""
+    before = model.stat()
+
+    def change(done_bytes, total_bytes):
+        with open(model, "r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"!")
+        os.utime(model, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    refused_meanwhile = pytest.raises(safetensors.SafetensorError, match="was changed")
+    with refused_meanwhile:
+        stx_patch.extract(model, target, progress=change)
+    assert not target.exists()
 
 
 @pytest.mark.parametrize("copies", [True, False])
@@ -449,13 +635,81 @@ def test_where_the_kernel_does_not_copy(model, target, monkeypatch, number):
 
 
 def test_where_there_are_no_hard_links(model, target, monkeypatch):
+    forbid_links(monkeypatch)
+    stx_patch.extract(model, target)
+    assert target.read_bytes() == model.read_bytes()
+    refused(FileExistsError, "part", model, target)
+
+
+def forbid_links(monkeypatch):
     def refuse(*arguments):
         raise OSError(errno.EPERM, "no links")
 
     monkeypatch.setattr(os, "link", refuse)
-    stx_patch.extract(model, target)
+
+
+def test_where_there_is_no_such_call(model, target, monkeypatch):
+    monkeypatch.delattr(os, "copy_file_range")
+    monkeypatch.delattr(os, "posix_fadvise")
+    stx_patch.extract(model, target, check=True)
     assert target.read_bytes() == model.read_bytes()
-    refused(FileExistsError, "part", model, target)
+
+
+def test_a_source_that_cannot_be_read(model, target, monkeypatch):
+    """The kernel says EIO and not of which file: the one that reading fails for."""
+
+    def fail(*arguments, **keywords):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "copy_file_range", fail)
+    assert refused(OSError, "part", model, target).filename == str(target)
+    monkeypatch.setattr(os, "pread", fail)
+    assert refused(OSError, "model", model, target).filename == str(model)
+
+
+def test_it_is_on_the_disk_before_it_has_its_name(model, target, monkeypatch):
+    happened = []
+
+    def watch(name):
+        real = getattr(os, name)
+
+        def call(*arguments, **keywords):
+            what = (
+                "folder" if name == "fsync" and stat.S_ISDIR(os.fstat(arguments[0]).st_mode) else ""
+            )
+            happened.append(name + what)
+            return real(*arguments, **keywords)
+
+        monkeypatch.setattr(os, name, call)
+
+    for name in ("fsync", "link", "replace", "rename"):
+        watch(name)
+    stx_patch.extract(model, target)
+    assert happened == ["fsync", "link", "fsyncfolder"]
+    happened.clear()
+    stx_patch.extract(model, target, overwrite=True)
+    assert happened == ["fsync", "replace", "fsyncfolder"]
+    happened.clear()
+    stx_patch.extract(model, target.with_name("folder"), max_shard_size="1KB")
+    shards = len(os.listdir(target.with_name("folder"))) - 1
+    assert shards > 3
+    written = ["fsync", "link", "fsyncfolder"]
+    assert happened == [*written * shards, *written, "rename", "fsyncfolder"]
+
+
+def test_interrupted_when_the_file_has_just_been_made(model, target, monkeypatch):
+    real = os.open
+
+    def interrupt(path, flags, *more, **keywords):
+        fd = real(path, flags, *more, **keywords)
+        if flags & os.O_EXCL:
+            os.close(fd)
+            raise KeyboardInterrupt
+        return fd
+
+    monkeypatch.setattr(os, "open", interrupt)
+    for keywords in ({}, {"max_shard_size": "1KB"}):
+        refused(KeyboardInterrupt, None, model, target, **keywords)
 
 
 def test_checking_finds_a_wrong_byte(model, target, monkeypatch):
@@ -467,6 +721,7 @@ def test_checking_finds_a_wrong_byte(model, target, monkeypatch):
         return copied_bytes
 
     monkeypatch.setattr(_writer, "_copy_in_kernel", spoil)
+    monkeypatch.setattr(_writer, "_BUFFER_BYTES", 10)  # of a tensor not the first part alone
     with pytest.raises(safetensors.SafetensorError, match=r"tensor \S+ is not what .*model\.safe"):
         stx_patch.extract(model, target, check=True)
     assert not target.exists() and not leftovers(target.parent)
@@ -474,13 +729,13 @@ def test_checking_finds_a_wrong_byte(model, target, monkeypatch):
 
 
 def test_a_header_that_was_written_wrongly(model, target, monkeypatch):
-    real = _writer.Layout.__init__
+    real = _layout.Layout.__init__
 
     def spoil(self, *arguments):
         real(self, *arguments)
         self.header = self.header.replace(b'"F32","shape":[300,7]', b'"F32","shape":[7,300]')
 
-    monkeypatch.setattr(_writer.Layout, "__init__", spoil)
+    monkeypatch.setattr(_layout.Layout, "__init__", spoil)
     with pytest.raises(RuntimeError, match=r"embed\.weight was written as something else"):
         stx_patch.extract(model, target)
     assert not target.exists() and not leftovers(target.parent)
@@ -553,7 +808,6 @@ def test_it_is_not_held_in_memory(sparse):
                 now_bytes = int(line.split()[1]) * 1024
         resource.setrlimit(resource.RLIMIT_DATA, (now_bytes + 64 * MIB,) * 2)
         stx_patch.extract(source, target, check=True)
-        return 0
 
     assert in_a_child(work) == 0
     os.unlink(target)

@@ -80,9 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    parser = _make_parser()
+    parser, commands = _make_parser()
     try:
-        arguments = parser.parse_args(argv)
+        arguments = _parse(parser, commands, sys.argv[1:] if argv is None else list(argv))
     except SystemExit as ended:  # --help and --version
         return int(ended.code or 0)
     if arguments.run is None:
@@ -92,7 +92,17 @@ def _run(argv: Sequence[str] | None) -> int:
     return status
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def _parse(
+    parser: _Parser, commands: argparse._SubParsersAction[Any], words: list[str]
+) -> argparse.Namespace:
+    command = commands.choices.get(words[0]) if words else None
+    if command is None or command.get_default("takes_rest"):
+        return parser.parse_args(words)
+    arguments: argparse.Namespace = command.parse_intermixed_args(words[1:])
+    return arguments  # options may stand between sources
+
+
+def _make_parser() -> tuple[_Parser, argparse._SubParsersAction[Any]]:
     parser = _Parser(
         prog="stx-patch",
         description="Look into safetensors files, check and compare them, make new ones, and load\n"
@@ -105,7 +115,7 @@ def _make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name in _COMMANDS:
         importlib.import_module(f"{__package__}.{name}").add_to(commands)
-    return parser
+    return parser, commands
 
 
 def _flush_or_drop() -> None:

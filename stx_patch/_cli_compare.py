@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from . import _check, _compare, _files, _filter, _native, _stock, filters
 from ._cli_errors import CliError
-from ._cli_filters import add_filters, filter_of, nothing_kept
+from ._cli_filters import add_filters, check_asked, filter_of, nothing_kept
 from ._cli_text import count_text, printable, size_text, write
 from ._headers import names_in
 
@@ -226,8 +226,11 @@ def run_diff(arguments: argparse.Namespace) -> int:
     """Print what differs; 1 if anything does."""
     kept = filter_of(arguments)
     with _open_side(arguments.a, kept) as a, _open_side(arguments.b, kept) as b:
-        if kept is not None and not a.entries and not b.entries:
-            raise nothing_kept(arguments, names_in([arguments.a, arguments.b]))
+        if kept is not None:
+            names = names_in([arguments.a, arguments.b])
+            if not a.entries and not b.entries:
+                raise nothing_kept(arguments, names)
+            check_asked(arguments, names)
         common = a.entries.keys() & b.entries.keys()
         found = list[Found]()
         for one in _find_differences(a, b, common, arguments.names_only):

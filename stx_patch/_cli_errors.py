@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterable
 
-from . import _stock
+from . import _files, _stock
 from ._cli_text import printable
 
 _STOCK_MISSING = re.compile(r"No such file or directory: (.+)", re.DOTALL)
@@ -70,10 +70,16 @@ def _missing_path(error: Exception) -> str | None:
 
 def _explain_missing(path: str) -> str:
     folder, name = os.path.split(path)
+    if os.path.lexists(path):  # safetensors says so of whatever it cannot open
+        return _explain_unopened(path)
     try:
         entries = sorted(os.listdir(folder or "."))
     except OSError:
-        return f"no such file: {path}"
+        return f"no such file: {path}" + (f", for there is no folder {folder}" if folder else "")
+    if name == _ANY_FILE and any(entry.endswith(".safetensors") for entry in entries):
+        return f"no such file: {path}; give the folder {folder or '.'} for all in it"
+    if name in _listed_in(folder or "."):
+        return f"no such file: {path}, which an index there lists: was everything downloaded?"
     if name == _ANY_FILE:
         below = [entry for entry in entries if _holds_any(os.path.join(folder, entry))]
         hint = f"; there are some in {', '.join(below[:5])}" if below else ""
@@ -81,6 +87,25 @@ def _explain_missing(path: str) -> str:
     found = near(name, entries)
     hint = f"; did you mean {' or '.join(os.path.join(folder, one) for one in found)}?"
     return f"no such file: {path}" + (hint if found else "")
+
+
+def _explain_unopened(path: str) -> str:
+    try:
+        with open(path, "rb"):
+            return f"{path} could not be opened; now it can"
+    except FileNotFoundError:
+        return f"{path} is a link to {os.path.realpath(path)}, which is not there"
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+
+
+def _listed_in(folder: str) -> set[str]:
+    """The files that a folder's index speaks of."""
+    try:
+        index = _files.index_in(folder)
+        return set() if index is None else set(_files.read_index(index).values())
+    except (OSError, ValueError):
+        return set()
 
 
 def _holds_any(folder: str) -> bool:

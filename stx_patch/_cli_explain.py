@@ -7,7 +7,7 @@ import argparse
 import json
 from typing import Any
 
-from ._cli_filters import add_filters, filter_of, nothing_kept
+from ._cli_filters import add_filters, check_asked, filter_of, nothing_kept
 from ._cli_options import add_options, options_of
 from ._cli_text import printable, write
 from ._headers import names_in, naming_bad_files
@@ -60,8 +60,11 @@ def _run(arguments: argparse.Namespace) -> int:
             backend=arguments.backend,
             **options,
         )
-    if told.tensors_skipped and not told.tensors_kept:
-        raise nothing_kept(arguments, names_in(sources))
+    if told.tensors_skipped:
+        names = names_in(sources)
+        if not told.tensors_kept:
+            raise nothing_kept(arguments, names)
+        check_asked(arguments, names)
     if arguments.json:
         sums = {name: getattr(told, name) for name in _SUMS}
         write(json.dumps({**told.as_dict(), **sums}))

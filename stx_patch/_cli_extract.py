@@ -7,6 +7,8 @@ import argparse
 import errno
 import importlib.util
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ from typing import Any
 from ._cli_errors import CliError, complain
 from ._cli_filters import (
     add_filters,
-    check_prefixes,
+    check_asked,
     filter_of,
     is_alone,
     names_of,
@@ -94,7 +96,7 @@ def _run_extract(arguments: argparse.Namespace) -> int:
         result = stx_patch.extract(
             arguments.source, arguments.target, **chosen, **_writing(arguments)
         )
-    _tell(result)
+    _tell(result, arguments.check)
     return 0
 
 
@@ -103,7 +105,7 @@ def _run_merge(arguments: argparse.Namespace) -> int:
 
     with _telling_of_writing(arguments.source, arguments.target):
         result = stx_patch.merge(arguments.source, arguments.target, **_writing(arguments))
-    _tell(result)
+    _tell(result, arguments.check)
     return 0
 
 
@@ -124,7 +126,7 @@ def _choose(arguments: argparse.Namespace) -> dict[str, Any]:
     if not may_be_whole:
         if not any(map(tensor_filter, names)):
             raise nothing_kept(arguments, names)
-        check_prefixes(arguments, names)
+        check_asked(arguments, names)
     if is_alone(arguments, "prefix"):
         return {"prefixes": arguments.prefix}
     if is_alone(arguments, "names_from"):
@@ -144,25 +146,62 @@ def _writing(arguments: argparse.Namespace) -> dict[str, Any]:
 @contextmanager
 def _telling_of_writing(sources: list[str], target: str) -> Iterator[None]:
     """Warnings as lines, and errors that say what to do."""
-    with warnings.catch_warnings(), naming_bad_files(sources):
+    with warnings.catch_warnings(), naming_bad_files(sources), _ending_tidily():
         warnings.simplefilter("always")
         warnings.showwarning = _show_warning
         try:
             yield
+        except IsADirectoryError as error:
+            if error.filename not in (target, os.path.join(os.getcwd(), target)):
+                raise
+            raise CliError(
+                f"{target} is a folder: give the path of a file, or --max-shard-size for a folder"
+            ) from None
         except FileExistsError as error:
             if error.strerror not in (None, os.strerror(errno.EEXIST)):  # more is known
                 raise CliError(f"{error.filename} {error.strerror}") from None
-            raise CliError(f"{target} exists: --overwrite replaces it") from None
+            role = ", the last argument, is what is to be written and" if len(sources) > 1 else ""
+            raise CliError(f"{target}{role} exists: --overwrite replaces it") from None
+
+
+class _Ended(BaseException):
+    """A signal that ends the process."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@contextmanager
+def _ending_tidily() -> Iterator[None]:
+    """In the block, SIGTERM and SIGHUP end the process as ever, but leave no temporary file."""
+
+    def end(number: int, _frame: Any) -> None:
+        raise _Ended(number)
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    is_main = threading.current_thread() is threading.main_thread()
+    try:
+        for number in numbers if is_main else ():
+            signal.signal(number, end)
+        yield
+    except _Ended as ended:
+        signal.signal(ended.number, signal.SIG_DFL)
+        os.kill(os.getpid(), ended.number)
+        raise
+    finally:
+        for number in numbers if is_main else ():
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _show_warning(message: Warning | str, *_others: Any, **_more: Any) -> None:
     complain(printable(str(message)), "warning")
 
 
-def _tell(result: Any) -> None:
+def _tell(result: Any, is_checked: bool) -> None:
     """`result` is an ExtractResult."""
     write("\n".join(f"wrote {printable(path)}" for path in result.paths))
     write(
         f"{result.tensors:,} of {count_text(result.tensors_total, 'tensor')},"
         f" {size_text(result.size_bytes)} of {size_text(result.total_bytes)}"
+        + ("; each of them equals its source" if is_checked else "")
     )

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import filters
+from . import _filter, filters
 from ._cli_errors import CliError, near
 from ._cli_text import count_text
 
@@ -107,12 +107,21 @@ def nothing_kept(arguments: argparse.Namespace, names: Sequence[str]) -> CliErro
     return CliError(f"{text}: the names begin with {', '.join(top_names(names))}")
 
 
-def check_prefixes(arguments: argparse.Namespace, names: Sequence[str]) -> None:
-    """Raise CliError for a --prefix that nothing lies below."""
-    for prefix in arguments.prefix or ():
-        if not any(filters.is_below(prefix, name) for name in names):
-            found = _near_names(prefix, names) or top_names(names)
-            raise CliError(f"--prefix {prefix}: no such name; there is {', '.join(found)}")
+def check_asked(arguments: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raise CliError for a prefix, a name or a glob that nothing is meant by: a typing error beside
+    others that are right would be missed."""
+    asked: list[tuple[str, filters.Filter]] = []
+    if arguments.prefix:
+        asked.append(("--prefix", filters.prefixes(*arguments.prefix)))
+    if arguments.include:
+        asked.append(("--include", filters.glob(*arguments.include)))
+    listed = names_of(arguments)
+    if listed:
+        asked.append(("--names-from", filters.names(listed)))
+    for option, wanted in asked:
+        for missing in _filter.unmatched(wanted.rule(), list(names)):
+            found = _near_names(missing, names) or top_names(names)
+            raise CliError(f"{option} {missing}: no such name; there is {', '.join(found)}")
 
 
 def top_names(names: Iterable[str]) -> list[str]:
@@ -153,6 +162,8 @@ def _parse_layers(text: str) -> tuple[int, int]:
 
 
 def _read_names(path: str) -> list[str]:
+    if path == "-" and sys.stdin is None:
+        raise argparse.ArgumentTypeError("there is no standard input to read names from")
     data: Any = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     try:
         lines = data.decode().split("\n")

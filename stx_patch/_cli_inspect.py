@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from . import _filter
-from ._cli_filters import add_filters, filter_of, nothing_kept
+from ._cli_filters import add_filters, check_asked, filter_of, nothing_kept
 from ._cli_text import count_text, printable, size_text, table, write
 from ._headers import Header, Headers, Tensor, names_in, no_collections, read_headers
 from ._tree import Row, Tree, View
@@ -63,8 +63,11 @@ def _run(arguments: argparse.Namespace) -> int:
     headers = read_headers(arguments.source, rule)
     with no_collections():
         kept = headers.tensors if rule is None else _keep(headers, rule)
-        if rule is not None and not kept:
-            raise nothing_kept(arguments, names_in(arguments.source))
+        if rule is not None:
+            names = names_in(arguments.source)
+            if not kept:
+                raise nothing_kept(arguments, names)
+            check_asked(arguments, names)
         if arguments.json:
             write(_json(headers, kept))
         else:

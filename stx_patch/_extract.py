@@ -210,6 +210,8 @@ def _write(
             paths = [path]
         else:
             limit_bytes = _options.size_of("max_shard_size", max_shard_size)
+            if limit_bytes == 0:
+                raise ValueError("max_shard_size must be more than 0")
             path = path.rstrip("/") or "/"
             _check_folder(path, selection, overwrite)
             shards = _spread(pieces, limit_bytes)

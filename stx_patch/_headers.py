@@ -22,7 +22,10 @@ _HEADER_MAX_BYTES = 100_000_000  # safetensors reads no longer one
 _MAGICS = (
     (b"version https://git-lfs", "a git-lfs pointer: `git lfs pull` fetches the file itself"),
     (b"PK\x03\x04", "a zip archive, as torch.save writes: convert it first"),
-    (b"\x80\x02\x8a\n", "a pickle, as torch.save wrote once: convert it first"),
+    (b"\x80\x02", "a pickle, as torch.save wrote once: convert it first"),
+    (b"\x80\x03", "a pickle: convert it first"),
+    (b"\x80\x04", "a pickle: convert it first"),
+    (b"\x80\x05", "a pickle: convert it first"),
     (b"GGUF", "a GGUF file"),
     (b"\x89HDF", "an HDF5 file"),
     (b"<!", "a web page in place of what was to be downloaded"),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -134,9 +135,18 @@ class Selection:
         return merged if any(header.metadata is not None for header in self.headers) else None
 
     def total(self) -> tuple[int, int]:
-        """Tensors of the whole source, and their bytes, as far as it was opened."""
-        entries = [entry for header in self.headers for entry in header.entries]
-        return len(entries), sum(entry[4] - entry[3] for entry in entries)
+        """Tensors of all files of the sources, and their bytes; of files that needed not be opened,
+        as far as they are there."""
+        opened = {header.path for header in self.headers}
+        sums = [_sum_of(header) for header in self.headers]
+        for path in (path for files in self._groups for path in files.paths):
+            if path not in opened:
+                with (
+                    contextlib.suppress(OSError, _stock.SafetensorError),
+                    _read(path, None) as other,
+                ):
+                    sums.append(_sum_of(other))
+        return sum(tensors for tensors, _ in sums), sum(size_bytes for _, size_bytes in sums)
 
     def close(self) -> None:
         """Close the files. Twice is fine."""
@@ -149,6 +159,10 @@ class Selection:
 
     def __exit__(self, *exc_info: Any) -> None:
         self.close()
+
+
+def _sum_of(header: _header.Header) -> tuple[int, int]:
+    return len(header.entries), sum(entry[4] - entry[3] for entry in header.entries)
 
 
 def _read(path: str, rule: _filter.Rule | None) -> _header.Header:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 from helpers import write_raw
 
 import stx_patch
-from stx_patch import _cli, _cli_filters, _cli_text, filters
+from stx_patch import _cli, _cli_errors, _cli_filters, _cli_text, filters
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("inspect", "explain", "extract", "merge")
@@ -80,7 +81,7 @@ def test_the_examples_of_help_parse(command, capsys, monkeypatch):
     for line in lines:
         (part,) = [part for part in line.split(" | ") if f"stx-patch {command} " in part]
         words = shlex.split(re.split(r"\s{2,}", part.strip())[0])
-        arguments = _cli._make_parser().parse_args(words[1:])
+        arguments = _cli._parse(*_cli._make_parser(), words[1:])
         assert arguments.run is not None
 
 
@@ -142,7 +143,45 @@ def test_a_missing_file_is_named_with_its_like(capsys, model):
     expected = "no such file: modle.safetensors; did you mean model.safetensors?"
     for command in (["inspect"], ["explain"]):
         assert fails(capsys, *command, "modle.safetensors") == expected
-    assert fails(capsys, "inspect", "no/model") == "no such file: no/model"
+    text = fails(capsys, "inspect", "no/model")
+    assert text == "no such file: no/model, for there is no folder no"
+    text = fails(capsys, "inspect", "*.safetensors")
+    assert text == "no such file: *.safetensors; give the folder . for all in it"
+
+
+def test_a_file_that_is_there_and_cannot_be_opened(capsys, model):
+    """safetensors calls it missing."""
+    os.symlink("gone.safetensors", "link.safetensors")
+    for command in ("inspect", "explain"):
+        text = fails(capsys, command, "link.safetensors")
+        target = model.parent / "gone.safetensors"
+        assert text == f"link.safetensors is a link to {target}, which is not there"
+    message = _cli_errors._explain_unopened("/proc/self/task")
+    assert message == "/proc/self/task: Is a directory"
+
+
+def test_options_may_stand_anywhere(capsys, model):
+    shutil.copy(model, "other.safetensors")
+    assert _cli.main(["inspect", model.name, "--depth", "1", "other.safetensors"]) == 0
+    assert "2 files" in capsys.readouterr().out
+    text = fails(capsys, "inspect", model.name, "--frob")
+    assert text == "unrecognized arguments: --frob (see stx-patch inspect --help)"
+
+
+@pytest.mark.parametrize("command", ["inspect", "explain", "diff"])
+def test_a_miss_beside_a_hit_is_told(capsys, model, command, tmp_path):
+    (tmp_path / "names").write_text("model.layers.0.mlp.up.weight\nnope\n")
+    sources = [model.name] * (2 if command == "diff" else 1)
+    hit = ["--prefix", "model.layers"]
+    for option, value in (("--names-from", "names"), ("--prefix", "nope"), ("--include", "nope")):
+        text = fails(capsys, command, *sources, *hit, option, value)
+        assert text.startswith(f"{option} nope: no such name; there is "), text
+
+
+def test_no_standard_input_to_read_names_from(capsys, model, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    text = fails(capsys, "inspect", model.name, "--names-from", "-")
+    assert "there is no standard input" in text
 
 
 def test_a_folder_without_files_says_where_some_are(capsys, model):
@@ -390,6 +429,7 @@ def test_a_folder_in_which_only_what_is_needed_is_there(capsys, model):
     for command in ("inspect", "explain"):
         assert _cli.main([command, str(folder), "--layers", "0:2"]) == 0
         capsys.readouterr()
-        assert fails(capsys, command, folder) == f"no such file: {folder}/two"
+        text = fails(capsys, command, folder)
+        assert text.startswith(f"no such file: {folder}/two, which an index there lists")
         text = fails(capsys, command, folder, "--layers", "20:")
         assert text == "nothing is left of 2 tensors: the layers are 0 to 9"

@@ -2,11 +2,17 @@
 a mistake before anything is written, and tell what was written."""
 
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import textwrap
 import warnings
 
 import pytest
 import safetensors.torch
 import torch
+from helpers import write_raw
 
 import stx_patch
 from stx_patch import StxWarning, _cli, filters
@@ -51,7 +57,7 @@ WRITING = {"overwrite": False, "check": False, "max_shard_size": None, "progress
     ("options", "chosen"),
     [
         (["--prefix", "h.1", "--prefix", "lm_head"], {"prefixes": ["h.1", "lm_head"]}),
-        (["--names-from", "names"], {"names": ["h.0.w", "gone"]}),
+        (["--names-from", "names"], {"names": ["h.0.w", "h.1.w"]}),
         (["--include", "h.*"], {"tensor_filter": filters.glob("h.*")}),
         (["--layers", "0:1"], {"tensor_filter": filters.layers(0, 1)}),
         (
@@ -68,7 +74,7 @@ WRITING = {"overwrite": False, "check": False, "max_shard_size": None, "progress
     ],
 )
 def test_options_say_what_is_extracted(calls, tmp_path, options, chosen):
-    (tmp_path / "names").write_text("h.0.w\ngone\n")
+    (tmp_path / "names").write_text("h.0.w\nh.1.w\n")
     assert extract(*options) == 0
     assert calls == [(("model.safetensors", "out.safetensors"), {**chosen, **WRITING})]
 
@@ -134,3 +140,84 @@ def test_a_warning_is_a_line_and_no_error(calls, capsys, monkeypatch):
         assert extract("--prefix", "h") == 0
         expected = "stx-patch: warning: the whole model,\\nas nothing lies below\n"
         assert capsys.readouterr().err == expected
+
+
+# --- with the functions themselves ---
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["a", "b", "c"]
+    safetensors.torch.save_file({name: torch.zeros(2) for name in names}, "model.safetensors")
+    safetensors.torch.save_file({"d": torch.zeros(2)}, "other.safetensors")
+    return tmp_path
+
+
+def fails(capsys, *words):
+    assert _cli.main(list(map(str, words))) == 2
+    return capsys.readouterr().err.removeprefix("stx-patch: error: ").rstrip("\n")
+
+
+def test_what_the_functions_wrote_is_told(capsys, model):
+    assert extract("--prefix", "a", "--check") == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told == [
+        f"wrote {model}/out.safetensors",
+        "1 of 3 tensors, 8 bytes of 24 bytes; each of them equals its source",
+    ]
+    merge = ["merge", "model.safetensors", "other.safetensors", "--max-shard-size", "8", "whole"]
+    assert _cli.main(merge) == 0
+    assert capsys.readouterr().out.endswith("\n4 of 4 tensors, 32 bytes of 32 bytes\n")
+    assert _cli.main(["extract", "whole", "one", "--prefix", "d"]) == 0  # three need no opening
+    assert capsys.readouterr().out.endswith("\n1 of 4 tensors, 8 bytes of 32 bytes\n")
+
+
+def test_targets_that_are_wrong(capsys, model):
+    (model / "folder").mkdir()
+    for target in ("folder", "folder/"):
+        text = fails(capsys, "extract", "model.safetensors", target, "--all")
+        assert text == (
+            f"{target} is a folder: give the path of a file, or --max-shard-size for a folder"
+        )
+    text = fails(capsys, "extract", "model.safetensors", "no/model", "--all")
+    assert text == f"no such file: {model}/no/model, for there is no folder {model}/no"
+    text = fails(capsys, "merge", "model.safetensors", "folder", "other.safetensors")
+    assert text.startswith("no safetensors files in the folder folder")
+    (model / "third").write_bytes(b"")
+    text = fails(capsys, "merge", "model.safetensors", "other.safetensors", "third")
+    assert text == (
+        "third, the last argument, is what is to be written and exists: --overwrite replaces it"
+    )
+    (model / "folder" / "readme").write_text("")
+    size = ("--max-shard-size", "1GB")
+    text = fails(capsys, "merge", "model.safetensors", *size, "folder")
+    assert text == f"{model}/folder is a folder that is not empty"
+    text = fails(capsys, "merge", "model.safetensors", *size, "folder", "--overwrite")
+    assert text.startswith(f"{model}/folder holds readme, which is no part of a model")
+    text = fails(capsys, "merge", "model.safetensors", "--max-shard-size", "0", "new")
+    assert text == "max_shard_size must be more than 0" and not (model / "new").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_ended_by_a_signal_it_leaves_nothing(model, number):
+    size_bytes = 64 << 20
+    entry = {"dtype": "U8", "shape": [size_bytes], "data_offsets": [0, size_bytes]}
+    source = write_raw(model / "large", {"w": entry})
+    os.truncate(source, source.stat().st_size + size_bytes)
+    before = sorted(os.listdir(model))
+    code = """
+        import os, signal, sys
+        from stx_patch import _cli, _writer
+        real = _writer.copy_runs
+        def end(*arguments):
+            real(*arguments)
+            os.kill(os.getpid(), int(sys.argv[1]))
+        _writer.copy_runs = end
+        sys.exit(_cli.main(["extract", "large", "out", "--all"]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(int(number))], capture_output=True
+    )
+    assert done.returncode == -number and done.stderr == b""
+    assert sorted(os.listdir(model)) == before

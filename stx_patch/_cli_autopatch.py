@@ -84,7 +84,10 @@ def _install(user: bool) -> int:
     is_there = _is_ours(path)
     folder.mkdir(parents=True, exist_ok=True)
     _write(path, _hook_text())
-    write(f"{printable(str(path))} {'was there already' if is_there else 'is installed'}")
+    said = f"{printable(str(path))} {'was there already' if is_there else 'is installed'}"
+    if not user and folder != _site_folder():
+        said += f": the folder of this user, since {printable(str(_site_folder()))} is not writable"
+    write(said)
     if not _is_in_force():
         raise CliError(f"a fresh {sys.executable} does not run it: {_why_not(path)}")
     write("a Python that is started with STX_PATCH=1 is patched")
@@ -99,6 +102,12 @@ def _choose_folder(user: bool) -> Path:
     if not site.ENABLE_USER_SITE:
         reason = "" if user else f"{folder} is not writable, and "
         raise CliError(f"{reason}this Python has no folder for its user (a virtual environment?)")
+    if not user and sys.prefix != sys.base_prefix:  # what is in it is to stay in it
+        version = "{}.{}".format(*sys.version_info)
+        raise CliError(
+            f"{folder} is not writable; --user reaches beyond this virtual environment, to every "
+            f"Python {version} of this user"
+        )
     return _user_folder()
 
 

@@ -544,6 +544,41 @@ def test_a_folder_that_nobody_may_write_is_an_error_without_a_user_folder(
         assert text in capsys.readouterr().err
 
 
+@pytest.fixture
+def unwritable(tmp_path, monkeypatch):
+    """The site-packages of this Python may not be written; the folder of the user is this one."""
+    folder = tmp_path / "user"
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    monkeypatch.setattr("site.ENABLE_USER_SITE", True)
+    monkeypatch.setattr("site.getusersitepackages", lambda: str(folder))
+    monkeypatch.setattr("stx_patch._cli_autopatch._is_in_force", lambda: True)
+    return folder
+
+
+def test_a_virtual_environment_is_not_left_unless_that_is_asked_for(
+    unwritable, monkeypatch, capsys
+):
+    monkeypatch.setattr("sys.base_prefix", "/other")
+    assert _cli.main(["autopatch", "--install"]) == 2
+    trouble = capsys.readouterr().err
+    assert trouble.count("\n") == 1 and "--user" in trouble
+    assert f"{sysconfig.get_path('purelib')} is not writable" in trouble
+    assert not unwritable.exists()
+    assert _cli.main(["autopatch", "--install", "--user"]) == 0
+    assert (unwritable / HOOK).exists()
+
+
+def test_outside_of_virtual_environments_the_fall_back_says_where_it_is(
+    unwritable, monkeypatch, capsys
+):
+    monkeypatch.setattr("sys.base_prefix", sys.prefix)
+    for words in ("is installed", "was there already"):
+        assert _cli.main(["autopatch", "--install"]) == 0
+        first = capsys.readouterr().out.splitlines()[0]
+        assert first.startswith(f"{unwritable / HOOK} {words}: the folder of this user, since ")
+        assert first.endswith(f"{sysconfig.get_path('purelib')} is not writable")
+
+
 def test_a_spawned_worker_that_imports_transformers_first_is_native(hooked, path, tmp_path):
     script = tmp_path / "program.py"
     script.write_text(

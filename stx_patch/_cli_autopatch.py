@@ -36,11 +36,13 @@ if found is not None:
     found.activate()
 """
 _PROBE = "import sys; sys.exit('stx_patch._autopatch' not in sys.modules)"
-_DESCRIPTION = """\
+_DESCRIPTION = f"""\
 A start-up hook: where it is installed, each Python that is started with STX_PATCH=1 in its
 environment loads its safetensors files through stx_patch, with the filter of STX_PATCH_FILTER.
 Without the variable the hook does nothing; STX_PATCH=0 turns everything off.
-"""
+
+What STX_PATCH_FILTER may be:
+{_environment.FILTER_HELP}"""
 _EXAMPLES = """\
 examples:
   stx-patch autopatch --install           into the site-packages of this Python

@@ -25,11 +25,13 @@ from ._cli_filters import add_filters, filter_of
 from ._cli_options import add_options, options_of
 
 _VALUE_MAX = 32 << 10  # bytes; Linux takes variables up to 128 KiB
-_DESCRIPTION = """\
+_DESCRIPTION = f"""\
 Run a Python program as `python SCRIPT ARG ...` or `python -m MODULE ARG ...` does, with its
 safetensors files loaded through stx_patch, in its child processes, too. A table of what was loaded
 comes at its end, on stderr. The exit status is the program's.
-"""
+
+Where no option says which tensors, STX_PATCH_FILTER does:
+{_environment.FILTER_HELP}"""
 _EXAMPLES = """\
 examples:
   stx-patch run generate.py --model llama/
@@ -103,6 +105,8 @@ def _variables_of(arguments: argparse.Namespace, program: list[str]) -> dict[str
     given = options_of(arguments)
     _options.from_environment(given)
     variables = {"STX_PATCH_" + name.upper(): value for name, value in given.items()}
+    _check_writable("--json", arguments.json)
+    _check_writable("--trace", arguments.trace)
     if arguments.trace is not None:
         variables[_environment.TRACE] = os.path.abspath(arguments.trace)
     folder = os.path.join(tempfile.gettempdir(), "stx-patch-run-" + secrets.token_hex(8))
@@ -127,6 +131,23 @@ def _variables_of(arguments: argparse.Namespace, program: list[str]) -> dict[str
         _environment.RUN_PREFIX: sys.prefix,
         "PYTHONPATH": os.pathsep.join([start, *paths] if paths != [""] else [start]),
     }
+
+
+def _check_writable(option: str, path: str | None) -> None:
+    """What a long run has counted is not to be lost at its end."""
+    if path is None:
+        return
+    absolute = os.path.abspath(path)
+    folder = os.path.dirname(absolute)
+    if os.path.isdir(absolute):
+        reason = "it is a folder"
+    elif not os.path.isdir(folder):
+        reason = f"there is no folder {folder}"
+    elif not os.access(absolute if os.path.exists(absolute) else folder, os.W_OK):
+        reason = "there is no right to"
+    else:
+        return
+    raise CliError(f"cannot write {option} {path}: {reason}")
 
 
 def _write_down(tensor_filter: Any, folder: str) -> str:

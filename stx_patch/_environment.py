@@ -29,6 +29,11 @@ TRACE = "STX_PATCH_TRACE"  # a file for the flight recorder (stx_patch._trace)
 RUN = "STX_PATCH_RUN"  # set by `stx-patch run` for its processes, with the next one
 RUN_PREFIX = "STX_PATCH_RUN_PREFIX"
 
+FILTER_HELP = """\
+globs with commas between them, call:package.module:function, json:{"layers": [0, 2]} (a filter of
+stx_patch.filters and its arguments), or file:PATH (the same in a file); see docs/USAGE.md.
+"""
+
 _SWITCHES = {"1": True, "true": True, "0": False, "false": False}
 _COMBINATIONS = ("all_of", "any_of", "none_of")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from patch_helpers import clean_environment, floats, write_raw
 
-from stx_patch import Stats, _run_table
+from stx_patch import Stats, _cli, _run_table
 
 ROOT = Path(__file__).resolve().parent.parent
 START = ROOT / "stx_patch/_start"
@@ -199,6 +199,11 @@ def test_an_interpreter_without_us_notices_nothing():
         (["program.py"], {"STX_PATCH_ENGINE": "fast"}, "STX_PATCH_ENGINE: engine must be one of"),
         (["program.py"], {"STX_PATCH_FILTER": "json:{"}, "STX_PATCH_FILTER: "),
         (["--nonsense", "program.py"], {}, "--nonsense"),
+        (["--json", "no/x", "program.py"], {}, "no/x: there is no folder "),
+        (["--trace", "no/x", "program.py"], {}, "no/x: there is no folder "),
+        (["--json", "program.py/x", "program.py"], {}, "program.py/x: there is no folder "),
+        (["--trace", ".", "program.py"], {}, "it is a folder"),
+        (["--json", "", "program.py"], {}, "it is a folder"),
     ],
 )
 def test_what_cannot_be_run_is_one_line_and_runs_nothing(arguments, env, text, tmp_path, place):
@@ -228,6 +233,14 @@ def test_switched_off_it_runs_the_program_alone(path, call):
     assert call("pass", options=["--quiet"], env={"STX_PATCH": "0"}).stderr == ""
 
 
+def test_the_help_says_what_the_variable_of_the_filter_may_be(capsys):
+    for command in ("run", "autopatch"):
+        assert _cli.main([command, "--help"]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        for part in ("STX_PATCH_FILTER", "globs", "call:package.module:function", "json:", "USAGE"):
+            assert part in said
+
+
 # --- what is loaded, and told of ---
 
 NUMPY = """
@@ -252,10 +265,32 @@ def test_the_table_and_the_counters(path, tmp_path, call):
     )
 
 
-def test_a_json_that_cannot_be_written_changes_nothing_else(path, call):
-    done = call("import sys; sys.exit(5)", options=["--json", "/no/such/folder/x", "--quiet"])
+def test_a_json_that_cannot_be_written_after_all_changes_nothing_else(tmp_path, call):
+    tmp_path.joinpath("gone").mkdir()
+    code = "import os, sys; os.rmdir('gone'); sys.exit(5)"
+    done = call(code, options=["--json", "gone/x", "--quiet"])
     assert done.returncode == 5
-    assert done.stderr == "stx-patch: error: /no/such/folder/x: No such file or directory\n"
+    assert done.stderr == f"stx-patch: error: {tmp_path}/gone/x: No such file or directory\n"
+
+
+def test_what_is_to_be_written_into_may_be_there_already(path, tmp_path, call):
+    for name in ("told.json", "trace.json"):
+        tmp_path.joinpath(name).write_text("older")
+    done = call(NUMPY, path, options=["--json", "told.json", "--trace", "trace.json", "--quiet"])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(tmp_path.joinpath("told.json").read_text())["processes"]
+
+
+@pytest.mark.parametrize("option", ["--json", "--trace"])
+def test_a_file_that_may_not_be_written_is_refused(option, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    monkeypatch.delattr("os.execve")
+    tmp_path.joinpath("program.py").touch()
+    for name in ("there", "new"):
+        tmp_path.joinpath("there").touch()
+        file = tmp_path / name
+        assert _cli.main(["run", option, str(file), str(tmp_path / "program.py")]) == 2
+        assert f"cannot write {option} {file}: " in capsys.readouterr().err
 
 
 EVERYWHERE = """

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from . import _filter, _options
 
 _activated = False
+_reports = False  # to `stx-patch run`
 
 
 def activate() -> None:
@@ -33,7 +34,7 @@ def activate() -> None:
     about and left at its default; with a wrong STX_PATCH_FILTER each file that is opened raises a
     ValueError that names it, since neither all tensors nor none are what was asked for.
     """
-    global _activated
+    global _activated, _reports
     if _activated or not _environment.switch():
         return
     _activated = True
@@ -41,6 +42,7 @@ def activate() -> None:
         from . import _run_report
 
         _run_report.watch(os.environ[_environment.RUN])
+        _reports = True
     if "safetensors" in sys.modules or "stx_patch._patch" in sys.modules:
         _patch_now()
     else:
@@ -86,6 +88,10 @@ def _patch_now() -> None:
 
     if _environment.switch() and not _patch.is_patched():
         _patch.put_in_force(_patch.Entry(_rule(), _known_options()), over=False)
+    if _reports:
+        from . import _run_report
+
+        _run_report.follow(_patch)
 
 
 def _rule() -> _filter.Rule | None:

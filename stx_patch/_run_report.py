@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each process of `stx-patch run` does at its exit: the first shows the table of all, the
+"""What the processes of `stx-patch run` tell: the first shows the table of all at its exit, the
 others leave a small file for it if they have loaded anything.
 
 The first process is the program itself: `run` has become it, so its pid is known. Files are left in
-a folder that the first one to need it makes. What ends without Python's exit (os._exit, a signal)
-shows and leaves nothing.
+a folder that the first one to need it makes. Not every process comes to its exit: pools end their
+workers by SIGTERM. So a file is there from the moment a process is about to open its first one, is
+renewed at most once a second when it opens others, and is final at its exit.
 
 At the exit nothing may be imported that compiles code from text (dataclasses, named tuples): after
 Ctrl-C, Python would then end with status 1 instead of by the signal.
@@ -24,12 +25,16 @@ if TYPE_CHECKING:
 
     from ._stats import Stats
 
+_INTERVAL_S = 1.0  # between the words of a process that opens files
+
 _said = ""  # by STX_PATCH_RUN: JSON, made by stx_patch._cli_run
 _begin_s = 0.0
 _at_fork: Stats | None = None  # the counters at the latest fork
 _baseline: Stats | None = None  # in a forked child: those at its own
 _finished_in = 0  # pid
 _follows_multiprocessing = False
+_path = ""  # of what this process has left
+_next_s = 0.0  # when it says something again
 
 
 def watch(said: str) -> None:
@@ -39,6 +44,29 @@ def watch(said: str) -> None:
     atexit.register(_finish)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
+
+
+def follow(patch: Any) -> None:
+    """Note what is opened through this module stx_patch._patch: all who open ask it what is in
+    force, whatever patch the program has made."""
+    current = patch.current
+
+    def noting() -> Any:
+        if time.monotonic() >= _next_s:
+            _note()
+        return current()
+
+    patch.current = noting
+
+
+def _note() -> None:
+    global _next_s
+    settings = json.loads(_said)
+    if settings["pid"] == os.getpid():
+        _next_s = float("inf")  # it shows the table, or there is none
+    else:
+        _next_s = time.monotonic() + _INTERVAL_S
+        _leave(settings, final=False)
 
 
 def _before_fork() -> None:
@@ -54,8 +82,8 @@ def _before_fork() -> None:
 
 
 def _after_fork() -> None:
-    global _baseline
-    _baseline = _at_fork
+    global _baseline, _path, _next_s
+    _baseline, _path, _next_s = _at_fork, "", 0.0
 
 
 def _follow_multiprocessing(_: Any) -> None:
@@ -87,10 +115,8 @@ def _finish() -> None:
     settings = json.loads(_said)
     if settings["pid"] == os.getpid():
         _conclude(settings)
-        return
-    used = _used()
-    if used is not None and _is_alive(settings["pid"]):
-        _leave(settings["folder"], {"pid": os.getpid(), "name": _name(), "stats": used.as_dict()})
+    elif _path or _used() is not None:
+        _leave(settings, final=True)
 
 
 def _is_alive(pid: int) -> bool:
@@ -106,16 +132,30 @@ def _name() -> str:
     process = sys.modules.get("multiprocessing.process")
     current: Any = getattr(process, "current_process", lambda: None)()
     name = getattr(current, "name", "MainProcess")
-    return str(os.path.basename(sys.argv[0]) if name == "MainProcess" else name)
+    if name == "MainProcess":
+        name = os.path.basename(str(next(iter(sys.argv), "")))
+    return str(name) or "python"
 
 
-def _leave(folder: str, report: dict[str, Any]) -> None:
-    path = os.path.join(folder, f"{os.getpid()}-{time.time_ns()}")
+def _report(name: str, final: bool) -> dict[str, Any]:
+    used = _used()
+    stats = {} if used is None else used.as_dict()
+    return {"pid": os.getpid(), "name": name, "final": final, "stats": stats}
+
+
+def _leave(settings: dict[str, Any], final: bool) -> None:
+    """In the place of what this process has left before."""
+    global _path
+    if not _is_alive(settings["pid"]):
+        return
+    now_ns = time.time_ns()
+    _path = _path or os.path.join(settings["folder"], f"{os.getpid()}-{now_ns}.json")
+    partial = f"{_path}.{now_ns}"
     try:
-        os.makedirs(folder, 0o700, exist_ok=True)
-        with open(path, "x", encoding="utf-8") as file:
-            json.dump(report, file)
-        os.replace(path, path + ".json")
+        os.makedirs(settings["folder"], 0o700, exist_ok=True)
+        with open(partial, "x", encoding="utf-8") as file:
+            json.dump(_report(_name(), final), file)
+        os.replace(partial, _path)
     except OSError:  # no room, or no right: the program has nothing to do with it
         pass
 
@@ -124,9 +164,7 @@ def _conclude(settings: dict[str, Any]) -> None:
     from . import _run_table
 
     seconds = time.monotonic() - _begin_s
-    used = _used()
-    first = {"pid": os.getpid(), "name": "", "stats": {} if used is None else used.as_dict()}
-    reports = [first, *_collect(settings["folder"])]
+    reports = [_report("", final=True), *_collect(settings["folder"])]
     if settings["json"] is not None:
         _run_table.write_json(settings, seconds, reports)
     if not settings["quiet"]:

@@ -19,12 +19,16 @@ if TYPE_CHECKING:
 
     from ._stats import Stats
 
-    Report = dict[str, Any]  # pid, name, stats of a process; the first is the program's own
+    # pid, name, stats of a process, and whether they are final; the first is the program's own
+    Report = dict[str, Any]
 
+_NAMES_MAX = 8  # that a line has room for
 _NOTHING: dict[str, Any] = {  # of what is looked at below
     "opens": 0,
     "tensors_native": 0,
     "tensors_stock": 0,
+    "keys_kept": 0,
+    "keys_skipped": 0,
     "bytes_kept": 0,
     "bytes_read": 0,
     "engine_reason": None,
@@ -67,20 +71,57 @@ def make_text(program: Sequence[str], seconds: float, reports: Sequence[Report])
     """The lines of the table."""
     title = f"stx-patch run {printable(' '.join(program))}: {seconds:.1f} s"
     stats = [_stats_of(report) for report in reports]
-    if not any(one.opens or one.fallbacks for one in stats):
-        return f"{title}, no safetensors file was opened"
+    cut_off = [f"{one['pid']} {one['name']}" for one in reports if not one["final"]]
+    if not cut_off and not any(map(_is_used, stats)):
+        return f"{title}, no safetensors file was opened through stx_patch"
+    lines = [title]
+    if any(map(_is_used, stats)):
+        lines.append(_make_table(reports, stats))
+    else:
+        lines[0] += ", the program itself opened no safetensors file through stx_patch"
+    if cut_off:
+        lines.append(_unfinished(cut_off))
+    lines += _kept_nothing(stats)
+    lines += [f"went to stock: {text}" for text in _hand_overs(stats)]
+    lines += [f"engine: {text}" for text in _engines(stats)]
+    return "\n".join([*lines, f"bounded by: {_bounded_by(reports)}"])
+
+
+def _is_used(stats: Stats) -> bool:
+    return bool(stats.opens or stats.fallbacks)
+
+
+def _make_table(reports: Sequence[Report], stats: Sequence[Stats]) -> str:
+    """A row for the program, and for each other process of which something is known."""
     phases = list(dict.fromkeys(phase for one in stats for phase in one.seconds))
     rows = [["process", "files", "native/stock", "kept", "read", *(f"{p} s" for p in phases)]]
     for report, one in zip(reports, stats, strict=True):
+        if report["name"] and not report["stats"]:
+            continue
         name = printable(f"{report['pid']} {report['name']}") if report["name"] else "the program"
         tensors = f"{one.tensors_native:,}/{one.tensors_stock:,}"
         sizes = [size_text(one.bytes_kept), size_text(one.bytes_read)]
         times = [f"{one.seconds.get(phase, 0.0):.3f}" for phase in phases]
         rows.append([name, f"{one.opens:,}", tensors, *sizes, *times])
-    lines = [title, table(rows, "<" + ">" * (len(rows[0]) - 1))]
-    lines += [f"went to stock: {text}" for text in _hand_overs(stats)]
-    lines += [f"engine: {text}" for text in _engines(stats)]
-    return "\n".join([*lines, f"bounded by: {_bounded_by(reports)}"])
+    return table(rows, "<" + ">" * (len(rows[0]) - 1))
+
+
+def _unfinished(names: Sequence[str]) -> str:
+    """Processes whose counters were read before their end."""
+    ended = "1 process ended without a last word, or goes on"
+    if len(names) > 1:
+        ended = f"{len(names):,} processes ended without their last word, or go on"
+    shown = [*names[:_NAMES_MAX], *(["..."] if len(names) > _NAMES_MAX else [])]
+    return f"{ended}: {printable(', '.join(shown))}"
+
+
+def _kept_nothing(stats: Sequence[Stats]) -> list[str]:
+    """One line, if a filter left nothing at all."""
+    skipped = sum(one.keys_skipped for one in stats)
+    if not skipped or any(one.keys_kept for one in stats):
+        return []
+    files = count_text(sum(one.opens for one in stats), "file")
+    return [f"the filter kept nothing of {count_text(skipped, 'tensor')} in {files}"]
 
 
 def _stats_of(report: Report) -> Stats:
@@ -115,11 +156,15 @@ def _bounded_by(reports: Sequence[Report]) -> str:
     stats = [_stats_of(report) for report in reports]
     number = max(range(len(stats)), key=lambda number: _weight(stats[number]))
     text = what_bounded(stats[number])
-    return text if number == 0 else f"{text} (process {reports[number]['pid']})"
+    if number != 0:
+        text = f"{text} (process {reports[number]['pid']})"
+    if all(report["final"] for report in reports):
+        return text
+    return f"{text}, as far as is known" if _is_used(stats[number]) else "what is not known"
 
 
 def _weight(stats: Stats) -> tuple[bool, float]:
-    return bool(stats.opens or stats.fallbacks), sum(stats.seconds.values())
+    return _is_used(stats), sum(stats.seconds.values())
 
 
 def what_bounded(stats: Stats) -> str:
@@ -127,6 +172,8 @@ def what_bounded(stats: Stats) -> str:
     if stats.tensors_native == 0:
         if stats.fallbacks:
             return f"safetensors itself, which served everything: {_reasons(stats.fallbacks)}"
+        if stats.keys_skipped and not stats.keys_kept:
+            return "nothing: no tensor was kept"
         return f"nothing: no tensor was asked for in {count_text(stats.opens, 'file')}"
     if stats.tensors_stock > stats.tensors_native:
         made = count_text(stats.tensors_stock, "tensor")

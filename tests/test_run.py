@@ -123,7 +123,8 @@ def test_it_ends_as_under_python_and_the_table_follows(code, call):
     alone, done = call(code), call(code, options=[])
     assert done.returncode == alone.returncode
     assert told(done)[0] == alone.stderr
-    assert re.fullmatch(r"program.py: \d+\.\d s, no safetensors file was opened\n", told(done)[1])
+    nothing = r"program.py: \d+\.\d s, no safetensors file was opened through stx_patch\n"
+    assert re.fullmatch(nothing, told(done)[1])
 
 
 def test_an_interrupt_ends_it_as_under_python_after_a_child_has_loaded(path, call):
@@ -368,6 +369,138 @@ def test_children_that_multiprocessing_forks_have_a_line_with_their_own_counters
     ]
 
 
+ABRUPT = """
+import multiprocessing, os, signal, sys
+
+def load(path, how):
+    from safetensors.torch import load_file
+    if how != "none":
+        load_file(path)
+    if how == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
+    os._exit(0)
+
+if __name__ == "__main__":
+    path, method, how = sys.argv[1:]
+    if method == "by hand":
+        if os.fork() == 0:
+            load(path, how)
+        os.wait()
+    else:
+        worker = multiprocessing.get_context(method).Process(target=load, args=(path, how))
+        worker.start()
+        worker.join()
+"""
+LAST_WORD = r"1 process ended without a last word, or goes on: \d+ (\S+)\n"
+
+
+@pytest.mark.parametrize("how", ["term", "exit"])
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver", "by hand"])
+def test_a_child_that_ends_without_pythons_exit_is_told_of(method, how, path, tmp_path, call):
+    done = call(ABRUPT, path, method, how, options=["--json", "told.json"])
+    said, table = told(done)
+    assert (done.returncode, said) == (0, "")
+    title, _, rest = table.partition("\n")
+    assert title.endswith("s, the program itself opened no safetensors file through stx_patch")
+    name = re.match(LAST_WORD, rest)[1]
+    names = {"spawn": "SpawnProcess-1", "fork": "ForkProcess-1", "by hand": "program.py"}
+    assert name == names.get(method, "ForkServerProcess-1")
+    assert rest.endswith("\nbounded by: what is not known\n") and rest.count("\n") == 2
+    counters = json.loads(tmp_path.joinpath("told.json").read_text())
+    assert [(one["name"], one["final"]) for one in counters["processes"]] == [
+        ("", True),
+        (name, False),
+    ]
+
+
+def test_a_child_that_ended_so_and_opened_nothing_is_not(path, call):
+    table = told(call(ABRUPT, path, "fork", "none", options=[]))[1]
+    assert table.endswith(" s, no safetensors file was opened through stx_patch\n")
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+def test_the_workers_of_a_pool_are_told_of(method, path, call):
+    """The pool may end them by SIGTERM, or they end by themselves just before."""
+    code = """
+        import multiprocessing, sys
+        def load(path):
+            import stx_patch
+            stx_patch.patch("lm_*")  # the program's own
+            from safetensors import safe_open
+            with safe_open(path, "pt") as file:
+                return file.keys()
+        if __name__ == "__main__":
+            with multiprocessing.get_context(sys.argv[2]).Pool(2) as pool:
+                print(pool.map(load, sys.argv[1:2] * 8))
+        """
+    done = call(code, path, method, options=[])
+    said, table = told(done)
+    assert (done.stdout, said) == (f"{[['lm_head']] * 8}\n", "")
+    assert "PoolWorker-" in table and "no safetensors file was opened" not in table
+
+
+def test_a_child_says_later_what_it_has_loaded_meanwhile(path, tmp_path, call):
+    """At most once a second. A patch of the program's own changes nothing."""
+    code = """
+        import os, sys, time
+        from safetensors.numpy import load_file
+        from stx_patch import patch, patched
+        def load(times):
+            for _ in range(times):
+                load_file(sys.argv[1])
+        load(1)
+        if os.fork() == 0:
+            now_s, passed_s = time.monotonic(), 0
+            time.monotonic = lambda: now_s + passed_s
+            load(2)
+            passed_s = 60
+            patch("lm*")
+            with patched("lm*"):
+                load(3)
+            os._exit(0)
+        os.wait()
+        """
+    table = told(call(code, path, options=["--json", "told.json"]))[1]
+    processes = json.loads(tmp_path.joinpath("told.json").read_text())["processes"]
+    assert [one["final"] for one in processes] == [True, False]
+    assert [one["stats"]["fallbacks"] for one in processes] == [
+        {"framework np": 1},
+        {"framework np": 2},
+    ]
+    assert "program.py" in table.splitlines()[3]
+    assert re.search(LAST_WORD, table)[1] == "program.py"
+    assert table.endswith(", as far as is known\n")
+
+
+def test_a_forked_child_that_uses_its_parents_file_has_a_line(path, call):
+    code = """
+        import os, sys
+        from safetensors import safe_open
+        file = safe_open(sys.argv[1], "pt")
+        if os.fork() == 0:
+            file.get_tensor("lm_head")
+            sys.argv.clear()
+            sys.exit()
+        os.wait()
+        """
+    said, table = told(call(code, path, options=[]))
+    assert said == ""
+    rows = [line.split()[:4] for line in table.splitlines()[2:4]]
+    assert rows[0] == ["the", "program", "1", "0/0"] and rows[1][1:] == ["python", "0", "1/0"]
+    assert "last word" not in table
+
+
+def test_a_filter_that_keeps_nothing_is_told_of(path, call):
+    code = "import sys; from safetensors.torch import load_file; print(load_file(sys.argv[1]))"
+    done = call(code, path, options=["--prefix", "nope"])
+    assert done.stdout == "{}\n"
+    assert told(done)[1].endswith(
+        f"\nthe filter kept nothing of {LAYERS + 1} tensors in 1 file\n"
+        "bounded by: nothing: no tensor was kept\n"
+    )
+    assert "kept nothing" not in told(call(code, path, options=["--prefix", "lm_head"]))[1]
+
+
 def test_a_spawned_worker_that_imports_transformers_first_is_native(path, call):
     code = """
         import multiprocessing, sys
@@ -478,7 +611,8 @@ def test_the_sentence_says_what_the_counters_show(counters, sentence):
 
 def test_the_sentence_is_about_the_process_that_took_longest():
     def report(number, **counters):
-        return {"pid": number, "name": "x", "stats": dataclasses.asdict(Stats(**counters))}
+        stats = dataclasses.asdict(Stats(**counters))
+        return {"pid": number, "name": "x", "final": True, "stats": stats}
 
     idle = report(1)
     slow = report(3, opens=1, fallbacks={"torch missing": 1})
@@ -492,5 +626,7 @@ def test_the_sentence_is_about_the_process_that_took_longest():
 
 def test_odd_names_cannot_drive_a_terminal():
     stats = dataclasses.asdict(Stats(opens=1, fallbacks={"framework \x1b[2J": 1}))
-    text = _run_table.make_text(["a\x1b.py"], 1.0, [{"pid": 1, "name": "\x07", "stats": stats}])
-    assert text.replace("\n", "").isprintable()
+    for final in (True, False):
+        report = {"pid": 1, "name": "\x07", "final": final, "stats": stats}
+        text = _run_table.make_text(["a\x1b.py"], 1.0, [report])
+        assert text.replace("\n", "").isprintable()

@@ -10,8 +10,8 @@ VENV := .venv/bin
 SET_UP := PYTHON='$(PYTHON)' tools/setup.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-next test-cuda consumers upstream fuzz san analyze lint bench bench-accept \
-	bench-quick bench-report clean distclean
+.PHONY: help demo test test-next test-cuda consumers beside upstream fuzz san analyze lint bench
+.PHONY: bench-accept bench-quick bench-report clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -25,13 +25,20 @@ test: ## set up with warnings as errors, then run all of the following and every
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory analyze
 	@$(MAKE) --no-print-directory -j2 --output-sync=target SAN_TESTS='$(SAN_IN_CI)' $(BESIDE)
-	@$(VENV)/python -m pytest $(PYTEST_ARGS) $(if $(PYTEST_ARGS),,--ignore $(CONSUMERS))
+	@$(VENV)/python -m pytest $(PYTEST_ARGS) \
+		$(if $(PYTEST_ARGS),,$(addprefix --ignore ,$(CONSUMERS) $(wildcard $(BESIDE_TESTS))))
 
 # What takes about one processor each goes two at a time. The rest of the tests, most of those that
 # look at memory, threads and the page cache, goes alone. With PYTEST_ARGS pytest gets all tests.
 CONSUMERS := tests/test_consumers.py
+BESIDE_TESTS := c cli* extract run autopatch doctor bench_cuda
+BESIDE_TESTS := $(BESIDE_TESTS:%=tests/test_%.py)
 BESIDE := fuzz san upstream test-next
-BESIDE += $(if $(PYTEST_ARGS),,consumers)
+BESIDE += $(if $(PYTEST_ARGS),,consumers beside)
+beside: ## C programs, commands, extraction
+	@$(SET_UP)
+	@$(VENV)/python -m pytest -q $(BESIDE_TESTS)
+
 consumers: ## the libraries that read safetensors, with and without the patch
 	@$(SET_UP)
 	@$(VENV)/python -m pytest -q $(CONSUMERS)

@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Set
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 from . import _check, _compare, _files, _filter, _native, _stock, filters
 from ._cli_errors import CliError
 from ._cli_filters import add_filters, check_asked, filter_of, nothing_kept
+from ._cli_progress import bar
 from ._cli_text import count_text, printable, size_text, write
 from ._headers import names_in
 
@@ -162,7 +164,8 @@ def _verify_file(full: bool, source: _Source | None, path: str) -> _check.Checke
     checked = _check.check_file(path)
     problem, notes = checked.problem, ""
     if problem is None and full:
-        problem, plain_count = _compare.check_readings(path)
+        with bar("Verifying", checked.data_bytes) as tell:
+            problem, plain_count = _compare.check_readings(path, tell)
         notes += "; every byte read natively and by safetensors: the same"
         if plain_count:
             plain = count_text(plain_count, "tensor")
@@ -183,8 +186,9 @@ def _file_name(path: str) -> str:
 def _compare_with_source(path: str, source: _Source) -> str | None:
     """Which tensors of a file are not in `source`, bit for bit."""
     problems = []
-    with _open_side(path) as part:
+    with _open_side(path) as part, bar("Comparing", sum(map(part.nbytes, part.entries))) as tell:
         for name in part.entries:
+            tell(part.nbytes(name))
             found = _mismatch(part, source.side, name)
             if found is not None:
                 problems.append(f"tensor {_check.shown(name)} {found}")
@@ -233,9 +237,19 @@ def run_diff(arguments: argparse.Namespace) -> int:
             check_asked(arguments, names)
         common = a.entries.keys() & b.entries.keys()
         found = list[Found]()
-        for one in _find_differences(a, b, common, arguments.names_only):
-            found.append(one)
-            if not arguments.json:
+        compared = () if arguments.names_only else common
+        # Lines and a bar on one terminal would run into each other.
+        is_mixed = all(
+            stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr)
+        )
+        at_once = not (arguments.json or is_mixed)
+        with bar("Comparing", sum(map(a.nbytes, compared))) as tell:
+            for one in _find_differences(a, b, common, arguments.names_only, tell):
+                found.append(one)
+                if at_once:
+                    write(_line(one))
+        if not at_once and not arguments.json:
+            for one in found:
                 write(_line(one))
         a.check_unchanged()
         b.check_unchanged()
@@ -248,7 +262,11 @@ def run_diff(arguments: argparse.Namespace) -> int:
 
 
 def _find_differences(
-    a: _compare.Side, b: _compare.Side, common: Set[str], names_only: bool
+    a: _compare.Side,
+    b: _compare.Side,
+    common: Set[str],
+    names_only: bool,
+    tell: Callable[[int], None],
 ) -> Iterator[Found]:
     """In A's order, then what only B has, then metadata."""
     for name in a.entries:
@@ -258,6 +276,7 @@ def _find_differences(
         for kind, ours, theirs in zip(("dtype", "shape"), a.kind(name), b.kind(name), strict=True):
             if ours != theirs:
                 yield Found(kind, name, ours, theirs)
+        tell(a.nbytes(name))
         if a.kind(name) != b.kind(name) or names_only:
             continue
         if _compare.first_difference(a, b, name) is not None:

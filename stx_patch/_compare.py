@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -215,8 +215,9 @@ class Readings(NamedTuple):
     plain_count: int
 
 
-def check_readings(path: str) -> Readings:
-    """Read every byte of every tensor natively and by safetensors. Needs torch.
+def check_readings(path: str, tell: Callable[[int], None]) -> Readings:
+    """Read every byte of every tensor natively and by safetensors. Needs torch. `tell` is called
+    with how many bytes more are done.
 
     Raises:
         ValueError: the native core leaves the file to safetensors: there is one reader only.
@@ -226,7 +227,7 @@ def check_readings(path: str) -> Readings:
         try:
             problem = _disagreement(header, stock.handle)
             plain_count = sum(not _is_made(*entry[1:3]) for entry in header.entries)
-            return Readings(problem or _compare_readings(header, stock), plain_count)
+            return Readings(problem or _compare_readings(header, stock, tell), plain_count)
         except (OSError, _stock.SafetensorError) as error:
             return Readings(printable(" ".join(str(error).split())), 0)
 
@@ -303,8 +304,11 @@ def _disagreement(header: _header.Header, handle: Any) -> str | None:
     return None
 
 
-def _compare_readings(header: _header.Header, stock: _Stock) -> str | None:
+def _compare_readings(
+    header: _header.Header, stock: _Stock, tell: Callable[[int], None]
+) -> str | None:
     for entry, begin, piece in _read_natively(header):
+        tell(len(piece))
         found = first_byte(piece, stock.piece(entry, begin, begin + len(piece)))
         if found is not None:
             return (

@@ -7,6 +7,7 @@ Neither needs a file to fit into memory, and what they say of bytes is what the 
 import json
 import os
 import struct
+import sys
 
 import pytest
 import safetensors.torch
@@ -17,7 +18,7 @@ from test_cli_inspect import examples, write_llama
 from test_header_errors import BY_CHANCE, BY_STOCK, REFUSED, TAKEN
 
 import stx_patch
-from stx_patch import _cli, _compare, _native
+from stx_patch import _cli, _compare, _native, _progress
 
 NAN = float("nan")
 INF = float("inf")
@@ -395,7 +396,7 @@ def test_every_byte_is_read_natively_in_pieces(path, small_pieces, monkeypatch):
             yield entry, begin, piece
 
     monkeypatch.setattr(_compare, "_read_natively", watch)
-    assert _compare.check_readings(str(path)) == (None, 0)
+    assert _compare.check_readings(str(path), print) == (None, 0)
     assert seen == {name: tensor.nbytes for name, tensor in tensors.items()}
 
 
@@ -404,7 +405,7 @@ def test_stocks_mapping_is_made_anew(path, small_pieces, monkeypatch):
     opened = []
     stock = _compare.open_stock
     monkeypatch.setattr(_compare, "open_stock", lambda p: opened.append(p) or stock(p))
-    assert _compare.check_readings(str(path)).problem is None
+    assert _compare.check_readings(str(path), print).problem is None
     assert len(opened) > 50  # 8,000 bytes, 64 to 128 at a time
 
 
@@ -763,3 +764,37 @@ def test_the_examples_of_the_document_print_what_they_show(cli, tmp_path, monkey
             assert "\n".join([*lines, ""]) + errors == expected, command
             checked += 1
     assert checked >= 5
+
+
+# --- how far it is ---
+
+
+@pytest.mark.parametrize("words", [["verify", "--full"], ["verify", "--against", "B"], ["diff"]])
+def test_long_work_says_how_far_it_is(cli, path, monkeypatch, words):
+    """To whom a bar would be shown: in the end, all of it is done."""
+    tensors = some_tensors()
+    save(path, tensors)
+    other = save(path.with_name("other.safetensors"), tensors)
+    seen = []
+    make = _progress.make_progress
+
+    def watch(target, title):
+        assert target is True
+        return make(lambda *at: seen.append(at), title)
+
+    monkeypatch.setattr(_progress, "make_progress", watch)
+    command, *options = (str(other) if word == "B" else word for word in words)
+    sources = [path, other] if command == "diff" else [path]
+    assert cli(command, *options, *sources)[0] == 0
+    total_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    assert seen[-1] == (total_bytes, total_bytes) and seen == sorted(seen)
+
+
+def test_what_differs_waits_for_the_bar_on_one_terminal(cli, path, monkeypatch):
+    """Elsewhere it is told at once."""
+    save(path, some_tensors())
+    other = save(path.with_name("other.safetensors"), {"ids": torch.arange(5) + 1})
+    plain = cli("diff", path, other)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert cli("diff", path, other)[:2] == plain[:2]

@@ -199,7 +199,8 @@ def _show_warning(message: Warning | str, *_others: Any, **_more: Any) -> None:
 
 def _tell(result: Any, is_checked: bool) -> None:
     """`result` is an ExtractResult."""
-    write("\n".join(f"wrote {printable(path)}" for path in result.paths))
+    here = os.path.join(os.getcwd(), "")
+    write("\n".join(f"wrote {printable(path.removeprefix(here))}" for path in result.paths))
     write(
         f"{result.tensors:,} of {count_text(result.tensors_total, 'tensor')},"
         f" {size_text(result.size_bytes)} of {size_text(result.total_bytes)}"

@@ -66,6 +66,10 @@ class Cuda:
 
         return torch.cuda.current_stream(index)
 
+    def index_of(self, tensor: Any) -> int | None:
+        """The number of the device that a tensor is on; None for another kind."""
+        return int(tensor.get_device()) if tensor.is_cuda else None
+
     def current(self, stream: Any) -> AbstractContextManager[Any]:
         """A block in which that stream is the calling thread's."""
         import torch

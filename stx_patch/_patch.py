@@ -142,19 +142,22 @@ def patched(
     entry = _make_entry(rule, options)
     _warn_once_without_extension()
     _trace.look_at_environment()
-    recording = None if trace is None else _trace.start(trace, entry.options)
-    with _lock:
-        _entries = (*_entries, entry)
+    recording = None
     try:
+        if trace is not None:
+            recording = _trace.start(trace, entry.options)
         with _lock:
+            _entries = (*_entries, entry)
             _install()
         yield report
     finally:
-        report._finish()
-        with _lock:
-            _remove(entry)
-        if recording is not None:
-            _trace.finish(recording)
+        try:
+            report._finish()
+            with _lock:
+                _remove(entry)
+        finally:
+            if recording is not None:
+                _trace.finish(recording)
 
 
 def is_patched() -> bool:

@@ -31,12 +31,12 @@ _LANES = 1 << 24  # numbers of lanes begin here: the system's threads have lower
 class Recording:
     """What is recorded from here on until `finish`."""
 
-    __slots__ = ("_first", "_options", "_path")
+    __slots__ = ("_options", "_path", "first")
 
-    def __init__(self, path: str, options: _options.Options, first: int) -> None:
+    def __init__(self, path: str, options: _options.Options) -> None:
         self._path = path
         self._options = options
-        self._first = first
+        self.first = 0  # number of its first record
 
 
 _lock = threading.RLock()  # an allocation under it may run a finaliser that ends another block
@@ -78,10 +78,14 @@ def _start(path: str, options: _options.Options) -> Recording | None:
             raise OSError("there is no native core here")
         absolute = os.path.abspath(path)  # somebody may change the directory
         with _lock:
-            if not _recordings:
-                _native.core.trace_start()
-            recording = Recording(absolute, options, _native.core.trace_count())
-            _recordings.append(recording)
+            recording = Recording(absolute, options)
+            _recordings.append(recording)  # first: a finaliser may end the only other one
+            try:
+                _native.core.trace_start()  # which may be on
+            except BaseException:
+                _recordings.remove(recording)
+                raise
+            recording.first = _native.core.trace_count()
             return recording
     except (OSError, MemoryError) as error:
         _complain(path, error)
@@ -94,7 +98,7 @@ def finish(recording: Recording) -> None:
         taken = _take(recording)
         if taken is not None:
             _write(recording._path, *taken)
-    except (OSError, ValueError, MemoryError) as error:
+    except Exception as error:  # whatever it is, the loads went well
         _complain(recording._path, error)
 
 
@@ -135,7 +139,7 @@ def _finish_process() -> None:
         taken = _take(recording)
         if taken is not None and taken[0]:
             _write_beside_others(recording._path, *taken)
-    except (OSError, ValueError, MemoryError) as error:
+    except Exception as error:  # whatever it is, the loads went well
         _complain(recording._path, error)
 
 
@@ -149,7 +153,7 @@ def _take(recording: Recording) -> tuple[list[Event], dict[str, Any]] | None:
         if recording not in _recordings:
             return None
         try:
-            events, lost_count = _native.core.trace_events(recording._first)
+            events, lost_count = _native.core.trace_events(recording.first)
         finally:
             _recordings.remove(recording)
             if not _recordings:
@@ -242,7 +246,7 @@ def _chrome_events(events: list[Event]) -> Iterator[dict[str, Any]]:
         else:
             yield {**event, "ph": "X", "dur": (end_ns - begin_ns) / 1000}
     names = _thread_names(events) | lanes.names
-    program = os.path.basename(getattr(sys, "argv", [""])[0]) or "python"
+    program = os.path.basename(str((getattr(sys, "argv", None) or [""])[0])) or "python"
     yield _metadata("process_name", process, 0, name=f"{program} (stx_patch)")
     for thread, name in names.items():
         yield _metadata("thread_name", process, thread, name=name)

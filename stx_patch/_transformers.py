@@ -42,8 +42,7 @@ def _materialize_stand_in(original: Callable[..., Any]) -> Callable[..., Any]:
         if found is None:
             return original(tensor, device, dtype)
         if dtype is not None and found.dtype != dtype:
-            found = found.to(dtype)
-            _device.cuda.stream(found.get_device()).synchronize()
+            found = _waited_for(found.to(dtype))
         return found
 
     return _materialize_copy
@@ -64,6 +63,7 @@ def _spawn_stand_in(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         if sharding_op is not None and type(tensor) is _native.core.Slice:
             tensor = _Part(tensor, device, dtype)
+            sharding_op = _Sharding(sharding_op)
         return original(thread_pool, tensor, device, dtype, sharding_op, tensor_idx)
 
     return spawn_materialize
@@ -76,6 +76,27 @@ _KNOWN = {
         _spawn_stand_in,
     ),
 }
+
+
+class _Sharding:
+    """What takes a rank's part of a tensor. What it does on the device is over when it returns, as
+    it is where all of that is done on the CPU: another stream may use the tensor."""
+
+    __slots__ = ("_operation",)
+
+    def __init__(self, operation: Any) -> None:
+        self._operation = operation
+
+    def shard_tensor(self, *arguments: Any, **keywords: Any) -> Any:
+        found = self._operation.shard_tensor(*arguments, **keywords)
+        return found if found is None else _waited_for(found)
+
+
+def _waited_for(tensor: Any) -> Any:
+    index = _device.cuda.index_of(tensor)
+    if index is not None:
+        _device.cuda.stream(index).synchronize()
+    return tensor
 
 
 class _Part:

@@ -77,6 +77,9 @@ class FakeCuda(_device.Cuda):
     def allocate(self, shape, dtype, index):
         return torch.empty(shape, dtype=dtype)
 
+    def index_of(self, tensor):
+        return 0
+
     def stream(self, index):
         return FakeStream()
 

@@ -437,6 +437,43 @@ def test_a_ranks_part(tmp_path, materialize, shard_operation, dim, dtype):
     assert spawn(None, weight, "cpu", dtype, operation)().equal(expected)  # nothing of ours
 
 
+def test_parts_that_are_put_together_on_the_device_are_waited_for(
+    tmp_path, materialize, shard_operation
+):
+    """Fused weights: several runs of rows become one tensor, by work of the device's own."""
+    from torch.distributed.tensor.placement_types import _StridedShard
+    from transformers import core_model_loading
+
+    _, report = materialize
+    weight = torch.arange(64.0).view(8, 8)
+    path = tmp_path / "fused.safetensors"
+    safetensors.torch.save_file({"weight": weight}, path)
+    operation = shard_operation(weight.shape, _StridedShard(0, split_factor=2))
+    with safetensors.safe_open(path, "pt") as handle:
+        entry = handle.get_slice("weight")
+    happened = []
+    shard = type(operation).shard_tensor
+
+    class Watched(FakeCuda):
+        def stream(self, index):
+            happened.append("stream")
+            return super().stream(index)
+
+    def watched(*arguments, **keywords):
+        found = shard(*arguments, **keywords)
+        happened.append("shard")
+        return found
+
+    spawn = core_model_loading.spawn_materialize
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(operation), "shard_tensor", watched)
+        expected = spawn(None, entry, None, None, operation)()
+        patch.setattr(_device, "cuda", Watched(also="cpu"))
+        assert spawn(None, entry, "cpu", None, operation)().equal(expected)
+    assert expected.equal(weight[[2, 3, 6, 7]]) and report.bytes_to_device == expected.nbytes
+    assert happened[-2:] == ["shard", "stream"]
+
+
 def test_one_expert_of_many_is_a_ranks_part(tmp_path, materialize, shard_operation):
     from torch.distributed.tensor import Shard
     from transformers import core_model_loading

@@ -3,6 +3,7 @@ Chrome's viewers take; blocks and processes each have their own; it never makes 
 
 import json
 import os
+import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -393,6 +394,33 @@ def test_a_block_that_raises_is_written(one, tmp_path):
         safetensors.torch.load_file(one)
         _ = 1 / 0
     assert len(Loaded(trace).of("open")) == 1
+
+
+def test_a_program_without_arguments(one, tmp_path, monkeypatch):
+    """As embedded interpreters have it."""
+    monkeypatch.setattr(sys, "argv", [])
+    with stx_patch.patched(trace=tmp_path / "t.json"):
+        stx_patch.load_file(one)
+    assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+
+
+def test_another_block_ends_where_one_begins(one, tmp_path, monkeypatch):
+    """A finaliser may end it in the middle of that: the recorder goes on."""
+    first = stx_patch.patched(trace=tmp_path / "first.json")
+    first.__enter__()
+    make = _trace.Recording
+
+    def end_the_other(*arguments):
+        recording = make(*arguments)
+        first.__exit__(None, None, None)
+        return recording
+
+    monkeypatch.setattr(_trace, "Recording", end_the_other)
+    with stx_patch.patched(trace=tmp_path / "second.json"):
+        monkeypatch.undo()
+        stx_patch.load_file(one)
+    events = json.loads((tmp_path / "second.json").read_text())["traceEvents"]
+    assert "open" in {event["name"] for event in events}
 
 
 def test_a_block_replaces_its_file(one, tmp_path, monkeypatch):

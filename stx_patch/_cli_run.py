@@ -67,14 +67,18 @@ def run(arguments: argparse.Namespace) -> int:
     """Become the program. Returns only by an exception."""
     program = _program_of(arguments)
     environment = dict(os.environ)
-    if _environment.switch() is False:
-        if not arguments.quiet:
-            complain("STX_PATCH=0: the program runs without stx_patch", "note")
-    else:
-        _check_interpreter()
-        environment.update(_variables_of(arguments, program))
-    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    os.execve(sys.executable, [sys.executable, *flags, *program], environment)
+    folder = os.path.join(tempfile.gettempdir(), "stx-patch-run-" + secrets.token_hex(8))
+    try:
+        if _environment.switch() is False:
+            if not arguments.quiet:
+                complain("STX_PATCH=0: the program runs without stx_patch", "note")
+        else:
+            _check_interpreter()
+            environment.update(_variables_of(arguments, program, folder))
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        os.execve(sys.executable, [sys.executable, *flags, *program], environment)
+    finally:  # it has not become the program
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _program_of(arguments: argparse.Namespace) -> list[str]:
@@ -100,7 +104,7 @@ def _check_interpreter() -> None:
         raise CliError("run needs a Python that was started without -E, -I and -S")
 
 
-def _variables_of(arguments: argparse.Namespace, program: list[str]) -> dict[str, str]:
+def _variables_of(arguments: argparse.Namespace, program: list[str], folder: str) -> dict[str, str]:
     """What is set for the program. What is wrong with it is raised here, not in the program."""
     given = options_of(arguments)
     _options.from_environment(given)
@@ -109,7 +113,6 @@ def _variables_of(arguments: argparse.Namespace, program: list[str]) -> dict[str
     _check_writable("--trace", arguments.trace)
     if arguments.trace is not None:
         variables[_environment.TRACE] = os.path.abspath(arguments.trace)
-    folder = os.path.join(tempfile.gettempdir(), "stx-patch-run-" + secrets.token_hex(8))
     tensor_filter = filter_of(arguments)
     if tensor_filter is None:
         _environment.filter_rule()

@@ -172,7 +172,8 @@ def _conclude(settings: dict[str, Any]) -> None:
 
 
 def _collect(folder: str) -> list[dict[str, Any]]:
-    """What the others have left, oldest first. The folder goes."""
+    """What the others have left, oldest first. The folder goes, unless the filter is in it, which
+    children that go on still need."""
     try:
         entries = list(os.scandir(folder))
     except OSError:  # nobody has left anything
@@ -184,8 +185,9 @@ def _collect(folder: str) -> list[dict[str, Any]]:
             reports.append(json.load(file))
     try:
         for entry in entries:
-            os.unlink(entry)
+            if entry.name != "filter":
+                os.unlink(entry)
         os.rmdir(folder)
-    except OSError:  # somebody is still writing
+    except OSError:  # the filter is in it, or somebody is still writing
         pass
     return reports

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,6 +57,15 @@ def call(tmp_path, place):
         )
 
     return call
+
+
+def take_filters(place):
+    """Take the folders of filters away. A child may have left its counters there, too, for a
+    program that is dead, but not waited for."""
+    filters = list(place.glob("stx*/filter"))
+    for path in filters:
+        shutil.rmtree(path.parent)
+    return filters
 
 
 def told(done):
@@ -522,7 +532,7 @@ def test_a_spawned_worker_that_imports_transformers_first_is_native(path, call):
 
 
 @pytest.mark.parametrize("count", [2, 5000], ids=["variable", "file"])
-def test_names_reach_children_however_many_there_are(count, path, tmp_path, call):
+def test_names_reach_children_however_many_there_are(count, path, tmp_path, place, call):
     """More than a variable can hold are in a file."""
     names = tmp_path / "names"
     names.write_text("\n".join(["lm_head", *(f"of.another.model.{i}" for i in range(count))]))
@@ -535,6 +545,43 @@ def test_names_reach_children_however_many_there_are(count, path, tmp_path, call
         """
     done = call(code, path, options=["--names-from", names, "--quiet"])
     assert (done.stdout, done.stderr) == ("lm_head\nlm_head\n", "")
+    assert len(take_filters(place)) == (count == 5000)
+
+
+def test_a_child_that_goes_on_after_the_program_still_has_a_long_filter(
+    path, tmp_path, place, call
+):
+    names = tmp_path / "names"
+    names.write_text("\n".join(["lm_head", *(f"of.another.model.{i}" for i in range(5000))]))
+    code = """
+        import os, subprocess, sys
+        child = (
+            "import sys; sys.stdin.read(); from safetensors.numpy import load_file; "
+            "print(*load_file(sys.argv[1]))"
+        )
+        subprocess.Popen([sys.executable, "-c", child, sys.argv[1]], stdin=os.pipe()[0])
+        """
+    done = call(code, path, options=["--names-from", names, "--quiet"])
+    assert (done.stdout, done.stderr) == ("lm_head\n", "")
+    assert len(take_filters(place)) == 1
+
+
+def test_a_long_filter_is_taken_away_when_the_program_cannot_be_started(
+    path, tmp_path, place, monkeypatch, capsys
+):
+    names = tmp_path / "names"
+    names.write_text("\n".join(f"of.another.model.{i}" for i in range(5000)))
+    seen = []
+
+    def refuse(*_):
+        seen.extend(place.glob("stx*/filter"))
+        raise OSError(7, "Argument list too long")
+
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    monkeypatch.setattr("os.execve", refuse)
+    assert _cli.main(["run", "--names-from", str(names), str(path)]) == 2
+    assert "Argument list too long" in capsys.readouterr().err
+    assert len(seen) == 1 and list(place.iterdir()) == []
 
 
 def test_options_and_a_trace_are_variables_of_the_program(tmp_path, call):

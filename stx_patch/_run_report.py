@@ -178,11 +178,14 @@ def _collect(folder: str) -> list[dict[str, Any]]:
         entries = list(os.scandir(folder))
     except OSError:  # nobody has left anything
         return []
-    found = [entry for entry in entries if entry.name.endswith(".json")]
-    reports = []
-    for entry in sorted(found, key=lambda entry: entry.stat().st_mtime_ns):
-        with open(entry, encoding="utf-8") as file:
-            reports.append(json.load(file))
+    found = []
+    for entry in entries:
+        if entry.name.endswith(".json"):
+            try:
+                with open(entry, encoding="utf-8") as file:
+                    found.append((entry.stat().st_mtime_ns, json.load(file)))
+            except (OSError, ValueError):  # of one process nothing is known then
+                pass
     try:
         for entry in entries:
             if entry.name != "filter":
@@ -190,4 +193,5 @@ def _collect(folder: str) -> list[dict[str, Any]]:
         os.rmdir(folder)
     except OSError:  # the filter is in it, or somebody is still writing
         pass
-    return reports
+    found.sort(key=lambda one: one[0])
+    return [report for _, report in found]

@@ -7,6 +7,7 @@ Everything is derived from counters (stx_patch.Stats), and says no more than the
 from __future__ import annotations
 
 import json
+import os
 import sys
 from types import SimpleNamespace
 
@@ -43,12 +44,27 @@ def show(program: Sequence[str], seconds: float, reports: Sequence[Report]) -> N
 
 
 def _say(text: str) -> None:
-    try:
+    try:  # noqa: SIM105 (contextlib is not imported at an exit: _run_report)
         sys.stdout.flush()  # what the program printed comes before
-        sys.stderr.write(text)
-        sys.stderr.flush()
-    except (AttributeError, OSError, ValueError):  # there is none, or it is closed
+    except Exception:  # there is none, or it is closed, or of the program's own making
         pass
+    try:
+        sys.stderr.flush()
+        _write(text)
+    except Exception:
+        pass
+
+
+def _write(text: str) -> None:
+    """Past the buffer of stderr: with what that cannot get rid of, Python ends with status 120."""
+    try:
+        number = sys.stderr.fileno()
+    except (AttributeError, OSError):  # it leads elsewhere
+        sys.stderr.write(text)
+        return
+    rest = text.encode(sys.stderr.encoding or "utf-8", "backslashreplace")
+    while rest:
+        rest = rest[os.write(number, rest) :]
 
 
 def write_json(settings: dict[str, Any], seconds: float, reports: Sequence[Report]) -> None:

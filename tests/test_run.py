@@ -252,6 +252,34 @@ def test_the_help_says_what_the_variable_of_the_filter_may_be(capsys):
             assert part in said
 
 
+def test_a_closed_pipe_for_the_table_changes_no_exit_status(tmp_path, place):
+    tmp_path.joinpath("program.py").touch()
+    environment = {**clean_environment(), "PYTHONPATH": str(ROOT), "TMPDIR": str(place)}
+    environment.pop("PYTHONUNBUFFERED", None)  # nothing would be left over for the end
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "stx_patch", "run", "program.py"]
+    done = subprocess.run(command, stderr=write, cwd=tmp_path, env=environment)
+    os.close(write)
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("code", ["sys.stdout = None", "sys.stdout.close()", "del sys.stdout"])
+def test_the_table_comes_without_a_stdout(code, call):
+    said, table = told(call(f"import sys; {code}", options=[]))
+    assert said == "" and table.startswith("program.py: ")
+
+
+def test_the_table_goes_where_the_program_has_put_stderr(call):
+    code = """
+        import atexit, io, sys
+        sys.stderr = io.StringIO()
+        before, write = sys.stderr, sys.stdout.write
+        sys.stderr.write = lambda text: write(f"to mine: {text}")
+        """
+    assert "to mine: \nstx-patch run " in call(code, options=[]).stdout
+
+
 # --- what is loaded, and told of ---
 
 NUMPY = """
@@ -421,6 +449,21 @@ def test_a_child_that_ends_without_pythons_exit_is_told_of(method, how, path, tm
         ("", True),
         (name, False),
     ]
+
+
+def test_what_cannot_be_read_of_a_child_costs_no_table(path, call):
+    code = """
+        import json, os, subprocess, sys
+        from pathlib import Path
+        code = f"from safetensors.numpy import load_file; load_file({sys.argv[1]!r})"
+        subprocess.run([sys.executable, "-c", code], check=True)
+        folder = Path(json.loads(os.environ["STX_PATCH_RUN"])["folder"])
+        folder.joinpath("1-1.json").write_text("{")
+        folder.joinpath("1-2.json").write_bytes(b"\\xff")
+        folder.joinpath("1-3.json").symlink_to("missing")
+        """
+    said, table = told(call(code, path, options=[]))
+    assert said == "" and "went to stock: framework np (1 call)" in table
 
 
 def test_a_child_that_ended_so_and_opened_nothing_is_not(path, call):

@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Become the program. Returns only by an exception."""
     program = _program_of(arguments)
     environment = dict(os.environ)
-    folder = os.path.join(tempfile.gettempdir(), "stx-patch-run-" + secrets.token_hex(8))
+    folder = _choose_folder()
     try:
         if _environment.switch() is False:
             if not arguments.quiet:
@@ -79,6 +79,15 @@ def run(arguments: argparse.Namespace) -> int:
         os.execve(sys.executable, [sys.executable, *flags, *program], environment)
     finally:  # it has not become the program
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _choose_folder() -> str:
+    """What its processes may leave is in there; "" where nothing can be left, as they then do."""
+    try:
+        parent = tempfile.gettempdir()
+    except FileNotFoundError:
+        return ""
+    return os.path.join(parent, "stx-patch-run-" + secrets.token_hex(8))
 
 
 def _program_of(arguments: argparse.Namespace) -> list[str]:
@@ -95,6 +104,8 @@ def _program_of(arguments: argparse.Namespace) -> list[str]:
         command = shutil.which(script)
         hint = "" if command is None else f"; if you mean the command, give its path: {command}"
         raise CliError(f"no such file: {script}{hint}")
+    if script.startswith("-") and script != "-":  # Python would take it for options
+        return [os.path.join(os.curdir, script), *program[1:]]
     return program
 
 
@@ -158,6 +169,8 @@ def _write_down(tensor_filter: Any, folder: str) -> str:
     text = _environment.filter_text(tensor_filter)
     if len(text) <= _VALUE_MAX:  # ASCII
         return text
+    if not folder:
+        raise CliError("so long a filter needs a folder for temporary files: set TMPDIR to one")
     os.makedirs(folder, 0o700)
     path = os.path.join(folder, "filter")
     with open(path, "x", encoding="utf-8") as file:

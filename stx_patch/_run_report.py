@@ -38,17 +38,37 @@ _next_s = 0.0  # when it says something again
 
 
 def watch(said: str) -> None:
-    """Have `_finish` called at the exit of this process and of those that it forks."""
+    """Have `_finish` called at the exit of this process and of those that it forks. Of what other
+    interpreters in it do, nothing is told."""
     global _said, _begin_s
+    if not _is_main_interpreter():
+        return
     _said, _begin_s = said, time.monotonic()
     atexit.register(_finish)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 
 
+def _is_main_interpreter() -> bool:
+    import _thread
+
+    try:
+        known: Any = _thread._is_main_interpreter  # type: ignore[attr-defined]
+        return bool(known())
+    except AttributeError:  # Python < 3.13
+        pass
+    try:
+        interpreters: Any = __import__("_xxsubinterpreters")
+    except ImportError:  # there are no others
+        return True
+    return bool(interpreters.get_current() == interpreters.get_main())
+
+
 def follow(patch: Any) -> None:
     """Note what is opened through this module stx_patch._patch: all who open ask it what is in
     force, whatever patch the program has made."""
+    if not _said:
+        return
     current = patch.current
 
     def noting() -> Any:
@@ -146,7 +166,7 @@ def _report(name: str, final: bool) -> dict[str, Any]:
 def _leave(settings: dict[str, Any], final: bool) -> None:
     """In the place of what this process has left before."""
     global _path
-    if not _is_alive(settings["pid"]):
+    if not settings["folder"] or not _is_alive(settings["pid"]):
         return
     now_ns = time.time_ns()
     _path = _path or os.path.join(settings["folder"], f"{os.getpid()}-{now_ns}.json")

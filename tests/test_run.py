@@ -264,6 +264,58 @@ def test_a_closed_pipe_for_the_table_changes_no_exit_status(tmp_path, place):
     assert done.returncode == 0
 
 
+def test_a_script_whose_name_looks_like_an_option_is_run(tmp_path, place):
+    tmp_path.joinpath("-x.py").write_text("import sys; print(sys.argv)")
+    environment = {**clean_environment(), "PYTHONPATH": str(ROOT), "TMPDIR": str(place)}
+    command = [sys.executable, "-m", "stx_patch", "run", "--quiet", "--", "-x.py", "-m"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (done.stdout, done.stderr) == ("['./-x.py', '-m']\n", "")
+
+
+def test_only_a_long_filter_needs_a_folder_for_temporary_files(path, tmp_path, monkeypatch, capsys):
+    def fail():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    environments = []
+    monkeypatch.setattr("tempfile.gettempdir", fail)
+    monkeypatch.setattr("os.execve", lambda *given: environments.append(given[2]))
+    _cli.main(["run", "--layers", "3:5", str(path)])
+    assert len(environments) == 1, capsys.readouterr().err
+    names = tmp_path / "names"
+    names.write_text("\n".join(f"of.another.model.{i}" for i in range(5000)))
+    assert _cli.main(["run", "--names-from", str(names), str(path)]) == 2
+    assert "set TMPDIR" in capsys.readouterr().err and len(environments) == 1
+
+
+def test_children_without_such_a_folder_load_and_leave_nothing(path, tmp_path, call):
+    code = """
+        import json, os, subprocess, sys
+        settings = json.loads(os.environ["STX_PATCH_RUN"])
+        environment = {**os.environ, "STX_PATCH_RUN": json.dumps({**settings, "folder": ""})}
+        child = f"from safetensors.numpy import load_file; print(len(load_file({sys.argv[1]!r})))"
+        subprocess.run([sys.executable, "-c", child], env=environment, check=True)
+        """
+    before = sorted(tmp_path.iterdir())
+    done = call(code, path, options=[])
+    assert done.stdout == f"{LAYERS + 1}\n" and told(done)[0] == ""
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "program.py"])
+
+
+def test_other_interpreters_of_a_process_show_no_table(path, call):
+    code = """
+        import sys
+        try:
+            import _interpreters as interpreters
+        except ImportError:
+            import _xxsubinterpreters as interpreters
+        number = interpreters.create()
+        script = "import stx_patch._run_report as r; assert not r._said; r.follow(r)"
+        assert interpreters.run_string(number, script) is None
+        interpreters.destroy(number)
+        """
+    assert told(call(code, path, options=[]))[0] == ""
+
+
 @pytest.mark.parametrize("code", ["sys.stdout = None", "sys.stdout.close()", "del sys.stdout"])
 def test_the_table_comes_without_a_stdout(code, call):
     said, table = told(call(f"import sys; {code}", options=[]))

@@ -29,9 +29,10 @@ import sys
 sys.path.append({folder})
 try:
     import stx_patch._autopatch as found
-except ImportError:
+except Exception:
     found = None
-sys.path.pop()
+finally:
+    sys.path.pop()
 if found is not None:
     found.activate()
 """

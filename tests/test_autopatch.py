@@ -505,6 +505,16 @@ def test_a_hook_that_is_left_over_says_nothing(hooked, env):
     assert "/no/such/folder" not in done.stdout
 
 
+def test_a_hook_that_finds_something_broken_says_nothing(hooked, tmp_path):
+    package = tmp_path / "stx_patch"
+    package.mkdir()
+    package.joinpath("__init__.py").write_text("1 / 0")
+    code = "import sys; print(sys.path[-1])"
+    env = {"PYTHONPATH": str(tmp_path)}
+    ends = [hooked("-c", code, env={**env, **on}) for on in ({}, {"STX_PATCH": "1"})]
+    assert [done.stderr for done in ends] == ["", ""] and ends[0].stdout == ends[1].stdout
+
+
 def test_wrong_variables_keep_no_python_from_starting(hooked):
     env = {"STX_PATCH": "1", "STX_PATCH_FILTER": "json:{", "STX_PATCH_ENGINE": "fast"}
     done = hooked("-W", "error", "-c", "pass", env=env)

@@ -196,6 +196,24 @@ def test_an_interpreter_without_us_notices_nothing():
     assert outputs[0] == outputs[1]
 
 
+@pytest.mark.parametrize(
+    "code, told",
+    [("1 / 0", False), ("def activate(): 1 / 0", True)],
+    ids=["import", "activate"],
+)
+def test_the_users_own_sitecustomize_is_run_whatever_is_wrong_with_ours(code, told, tmp_path):
+    package = tmp_path / "stx_patch"
+    package.mkdir()
+    package.joinpath("__init__.py").touch()
+    package.joinpath("_autopatch.py").write_text(code)
+    tmp_path.joinpath("sitecustomize.py").write_text("mark = 7\n")
+    env = {**clean_environment(), "PYTHONPATH": f"{START}{os.pathsep}{tmp_path}"}
+    command = [sys.executable, "-c", "import sys; print(sys.modules['sitecustomize'].mark)"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert (done.stdout, "ZeroDivisionError" in done.stderr) == ("7\n", told), done.stderr
+    assert told or done.stderr == ""
+
+
 # --- what goes wrong before ---
 
 

@@ -17,10 +17,13 @@ if _is_ours:
     sys.path.append(os.path.dirname(os.path.dirname(_folder)))
 try:
     import stx_patch._autopatch
-except (ImportError, SyntaxError):
+except Exception:  # of an older version, or another package of this name
     pass
 else:
-    stx_patch._autopatch.activate()
+    try:
+        stx_patch._autopatch.activate()
+    except Exception:  # told, and what stands behind us is run all the same
+        sys.excepthook(*sys.exc_info())
 finally:
     if _is_ours:
         sys.path.pop()

@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import secrets
 import shutil
-import subprocess
 import sys
 import tempfile
 from typing import Any
@@ -75,10 +75,25 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             _check_interpreter()
             environment.update(_variables_of(arguments, program, folder))
-        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-        os.execve(sys.executable, [sys.executable, *flags, *program], environment)
+        os.execve(sys.executable, [sys.executable, *_python_options(), *program], environment)
     finally:  # it has not become the program
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _python_options() -> list[str]:
+    """What this Python was started with, up to what it runs."""
+    options: list[str] = []
+    words = iter(sys.orig_argv[1:])
+    for word in words:
+        if not word.startswith("-") or word in ("-", "--"):
+            break
+        letters, found, value = re.findall(r"(?s)^(-[^-cmWX]*)([cmWX]?)(.*)$", word)[0]
+        if found in ("c", "m"):  # it may end a group, as in -Bm
+            return [*options, letters] if letters != "-" else options
+        options.append(word)
+        if word == "--check-hash-based-pycs" or (found and not value):
+            options.append(next(words))
+    return options
 
 
 def _choose_folder() -> str:

@@ -101,6 +101,23 @@ def test_a_program_sees_what_it_sees_under_python(flags, call):
     assert told(done)[0] == "" and told(done)[1].startswith(f"program.py {' '.join(arguments)}: ")
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["-u", "-Xno_debug_ranges", "-W", "ignore", "--check-hash-based-pycs", "always", "-BOOm"],
+        ["-X", "importtime=0", "-bW", "error", "-m"],
+    ],
+)
+def test_all_options_of_python_are_taken_over(flags, tmp_path, place):
+    tmp_path.joinpath("program.py").write_text("import sys; print(sys.orig_argv[1:], sys.argv)")
+    environment = {**clean_environment(), "PYTHONPATH": str(ROOT), "TMPDIR": str(place)}
+    command = [sys.executable, *flags, "stx_patch", "run", "--quiet", "program.py", "-X"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    kept = [*flags[:-1], *(["-BOO"] if flags[-1] == "-BOOm" else [])]
+    program = ["program.py", "-X"]
+    assert done.stdout == f"{[*kept, *program]} {program}\n", done.stderr
+
+
 def test_a_module_is_found_and_run_as_python_does(tmp_path, call):
     package = tmp_path / "package"
     package.mkdir()

@@ -75,7 +75,23 @@ def parse_filter(text: str) -> Any:
     globs = [pattern.strip() for pattern in text.split(",")]
     if "" in globs:
         raise ValueError(f"{text!r} has an empty pattern in it")
+    _refuse_other_than_globs(text, globs)
     return globs
+
+
+def _refuse_other_than_globs(text: str, globs: list[str]) -> None:
+    """What is meant as something else would be globs that match nothing: all files look empty."""
+    start = "".join(text.split())[:2]
+    if start.startswith("{") or start in ("[{", '["'):
+        raise ValueError(f"{text!r} is JSON: write json: before it")
+    for pattern in globs:
+        word, colon, _ = pattern.partition(":")
+        if colon and word.strip().replace("_", "").isalpha():
+            raise ValueError(
+                f"{pattern!r} is no glob, and nothing else that is known here: json:, call: and "
+                "file: begin the text, in small letters, and hold all of it; a name with a colon "
+                f'is given as json:["{pattern}"]'
+            )
 
 
 def filter_text(tensor_filter: filters.Filter) -> str:

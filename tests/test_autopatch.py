@@ -132,6 +132,17 @@ WRONG = [
     "call:module",
     "call:module:",
     "call:a b:c",
+    '{"layers": [0, 2]}',
+    ' { "layers": [0, 2] }',
+    '["a", "b"]',
+    '[ {"layers": [0, 2]}]',
+    'JSON:{"layers": [0, 2]}',
+    'json :["a"]',
+    "regex:^a",
+    "any_of:a",
+    "layers:0-2",
+    "lm_head.*,call:a:b",
+    "lm_head.*, layers : 0-2",
 ]
 
 
@@ -142,6 +153,17 @@ def test_what_cannot_be_understood_is_an_error_that_names_the_variable(text, mon
         with pytest.raises(ValueError, match="STX_PATCH_FILTER: "):
             use()
     assert not stx_patch.is_patched()
+
+
+@pytest.mark.parametrize("text", ["weight:0", "a,weight:0"])
+def test_a_name_with_a_colon_can_be_given_as_json(text, monkeypatch):
+    monkeypatch.setenv("STX_PATCH_FILTER", text)
+    with pytest.raises(ValueError, match=r"""a name with a colon.* json:\["weight:0"\]"""):
+        _environment.filter_rule()
+    monkeypatch.setenv("STX_PATCH_FILTER", 'json:["weight:0"]')
+    assert _environment.filter_rule() == ("glob", ("weight:0",))
+    monkeypatch.setenv("STX_PATCH_FILTER", "dense/kernel:0,[[]x],layers.0:1")
+    assert _environment.filter_rule() == ("glob", ("dense/kernel:0", "[[]x]", "layers.0:1"))
 
 
 @pytest.mark.parametrize("text", ["a", "json:{", "call:nowhere:f"])

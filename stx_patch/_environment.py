@@ -71,7 +71,7 @@ def parse_filter(text: str) -> Any:
         if kind == "file":
             with open(rest.strip(), encoding="utf-8") as file:
                 rest = file.read()
-        return _decode(json.loads(rest))
+        return _decode(json.loads(rest, object_pairs_hook=_without_repetition))
     globs = [pattern.strip() for pattern in text.split(",")]
     if "" in globs:
         raise ValueError(f"{text!r} has an empty pattern in it")
@@ -135,6 +135,14 @@ class _Function:
         return found
 
 
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON: of two equal keys, json would silently keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"{found!r} says something twice")
+    return found
+
+
 def _decode(value: Any) -> Any:
     """A filter of what JSON gives: a glob, a list of them, or {name of a filter: [arguments]}."""
     from . import filters
@@ -145,9 +153,18 @@ def _decode(value: Any) -> Any:
         ((name, arguments),) = value.items()
         if name in filters.__all__ and name != "Filter" and isinstance(arguments, list):
             if name in _COMBINATIONS:
-                arguments = map(_decode, arguments)
+                arguments = list(map(_decode, arguments))
+            _check_types(name, arguments)
             return getattr(filters, name)(*arguments)
     raise ValueError(f'{value!r} is no glob, no list of globs and no {{"filter": [arguments]}}')
+
+
+def _check_types(name: str, arguments: list[Any]) -> None:
+    """Where JSON has what Python would take for something else."""
+    if name == "names" and not all(isinstance(argument, list) for argument in arguments):
+        raise ValueError("names takes a list of names")
+    if name == "experts" and not all(isinstance(argument, bool) for argument in arguments[1:]):
+        raise ValueError("experts takes a list of integers, and true or false")
 
 
 def _encode(operand: Any) -> Any:

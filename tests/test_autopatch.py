@@ -143,6 +143,12 @@ WRONG = [
     "layers:0-2",
     "lm_head.*,call:a:b",
     "lm_head.*, layers : 0-2",
+    'json:{"layers": [0, 2], "layers": [5, 6]}',
+    'json:{"indexed": [{"a": "x", "a": "y"}]}',
+    'json:{"experts": [[0], "false"]}',
+    'json:{"experts": [[0], 0]}',
+    'json:{"names": [{"a": 1}]}',
+    'json:{"names": [[["a"]]]}',
 ]
 
 

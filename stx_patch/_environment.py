@@ -31,24 +31,26 @@ RUN_PREFIX = "STX_PATCH_RUN_PREFIX"
 
 FILTER_HELP = """\
 globs with commas between them, call:package.module:function, json:{"layers": [0, 2]} (a filter of
-stx_patch.filters and its arguments), or file:PATH (the same in a file); see docs/USAGE.md.
+stx_patch.filters and its arguments), or file:/PATH (the same in a file); see docs/USAGE.md.
 """
 
 _SWITCHES = {"1": True, "true": True, "0": False, "false": False}
 _COMBINATIONS = ("all_of", "any_of", "none_of")
 
 
-def switch(environ: Mapping[str, str] = os.environ) -> bool | None:
+def switch(environ: Mapping[str, str] | None = None) -> bool | None:
     """Whether STX_PATCH turns the patch on or off; None where it says neither."""
+    environ = os.environ if environ is None else environ
     return _SWITCHES.get(environ.get(SWITCH, "").strip().lower())
 
 
-def filter_rule(environ: Mapping[str, str] = os.environ) -> _filter.Rule | None:
+def filter_rule(environ: Mapping[str, str] | None = None) -> _filter.Rule | None:
     """The rule of STX_PATCH_FILTER; None where it says nothing.
 
     Raises:
         ValueError: it cannot be understood. The variable is named.
     """
+    environ = os.environ if environ is None else environ
     text = environ.get(FILTER, "").strip()
     if not text:
         return None
@@ -69,6 +71,7 @@ def parse_filter(text: str) -> Any:
         import json
 
         if kind == "file":
+            _check_path(rest.strip())
             with open(rest.strip(), encoding="utf-8") as file:
                 rest = file.read()
         return _decode(json.loads(rest, object_pairs_hook=_without_repetition))
@@ -165,6 +168,15 @@ def _check_types(name: str, arguments: list[Any]) -> None:
         raise ValueError("names takes a list of names")
     if name == "experts" and not all(isinstance(argument, bool) for argument in arguments[1:]):
         raise ValueError("experts takes a list of integers, and true or false")
+    if name == "from_index":
+        for path in arguments:
+            _check_path(path)
+
+
+def _check_path(path: Any) -> None:
+    """The program may be in another folder when the path is looked at."""
+    if not isinstance(path, str) or not os.path.isabs(path):
+        raise ValueError(f"{path!r} is no absolute path")
 
 
 def _encode(operand: Any) -> Any:

@@ -3,6 +3,7 @@ without it, with the filter and the options of the environment, and never over a
 
 import contextlib
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -70,6 +71,13 @@ def test_what_the_variable_may_say(text, expected, monkeypatch):
             _environment.filter_rule()
     else:
         assert _environment.filter_rule() == _filter.make_rule(expected)
+
+
+def test_the_environment_is_looked_up_when_it_is_asked(monkeypatch):
+    """Somebody may have put another object in its place."""
+    monkeypatch.setattr(os, "environ", {"STX_PATCH": "1", "STX_PATCH_FILTER": "x"})
+    assert _environment.switch() is True
+    assert _environment.filter_rule() == ("glob", ("x",))
 
 
 @pytest.mark.parametrize("text", ["", "  "])
@@ -159,6 +167,22 @@ def test_what_cannot_be_understood_is_an_error_that_names_the_variable(text, mon
         with pytest.raises(ValueError, match="STX_PATCH_FILTER: "):
             use()
     assert not stx_patch.is_patched()
+
+
+@pytest.mark.parametrize("kind", ["file:", "from_index"])
+def test_a_path_has_to_be_absolute(kind, tmp_path, monkeypatch):
+    """It is looked at when the first file is opened: from another folder, it may be."""
+    monkeypatch.chdir(tmp_path)
+    Path("filter").write_text('["a"]')
+    Path("index").write_text('{"weight_map": {"a": "x.safetensors"}}')
+    for folder in ("", f"{tmp_path}/"):
+        text = f"file:{folder}filter" if kind == "file:" else f'json:{{"{kind}": ["{folder}index"]}}'
+        monkeypatch.setenv("STX_PATCH_FILTER", text)
+        if folder:
+            assert _environment.filter_rule() is not None
+        else:
+            with pytest.raises(ValueError, match="STX_PATCH_FILTER: .* is no absolute path"):
+                _environment.filter_rule()
 
 
 @pytest.mark.parametrize("text", ["weight:0", "a,weight:0"])

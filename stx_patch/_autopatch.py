@@ -9,6 +9,7 @@ Whoever uses this package before that finds the patch in force (`settle`).
 
 from __future__ import annotations
 
+import _thread
 import os
 import sys
 
@@ -24,6 +25,18 @@ if TYPE_CHECKING:
 
 _activated = False
 _reports = False  # to `stx-patch run`
+_lock = _thread.RLock()  # that of threading, which is not imported for it
+_is_settling = False
+
+
+def _renew_lock() -> None:
+    """In a forked child: the thread that may have held it is not there."""
+    global _lock, _is_settling
+    _lock, _is_settling = _thread.RLock(), False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def activate() -> None:
@@ -43,24 +56,39 @@ def activate() -> None:
 
         _run_report.watch(os.environ[_environment.RUN])
         _reports = True
+    sys.meta_path.insert(0, _waiting)
     if "safetensors" in sys.modules or "stx_patch._patch" in sys.modules:
-        _patch_now()
-    else:
-        sys.meta_path.insert(0, _waiting)
+        settle()
 
 
 def settle() -> None:
-    """Put in force what waits for safetensors, if anything does."""
-    if _waiting in sys.meta_path:
+    """Put in force what waits for safetensors, if anything does: it waits until that is done, and
+    whoever looks meanwhile waits, too."""
+    global _is_settling
+    if not _is_waiting():
+        return
+    with _lock:
+        if _is_settling or not _is_waiting():  # it is asked for by what it imports; it is done
+            return
+        _is_settling = True
+        try:
+            problems = _patch_now()
+        finally:
+            _is_settling = False
         sys.meta_path.remove(_waiting)
-        _patch_now()
+    _warn_of(problems)
 
 
 def forget() -> None:
     """Do not patch this process if it only waits for that: the command line looks at files as they
     are."""
-    if _waiting in sys.meta_path:
-        sys.meta_path.remove(_waiting)
+    with _lock:
+        if _is_waiting():
+            sys.meta_path.remove(_waiting)
+
+
+def _is_waiting() -> bool:
+    return _waiting in (sys.meta_path or ())  # None while the interpreter exits
 
 
 class _Waiting:
@@ -72,7 +100,11 @@ class _Waiting:
         if fullname != "safetensors":
             return None
         settle()
-        for finder in list(sys.meta_path):  # it is not the list that importlib walks over any more
+        if _is_waiting():  # while it settles
+            return None
+        for finder in list(
+            sys.meta_path or ()
+        ):  # it is not the list that importlib walks over any more
             find = getattr(finder, "find_spec", None)
             spec: ModuleSpec | None = None if find is None else find(fullname, path, target)
             if spec is not None:
@@ -83,15 +115,19 @@ class _Waiting:
 _waiting = _Waiting()
 
 
-def _patch_now() -> None:
+def _patch_now() -> list[str]:
+    """What is wrong with the options: a warning may be an error, and is for when it is done."""
     from . import _patch
 
+    problems: list[str] = []
     if _environment.switch() and not _patch.is_patched():
-        _patch.put_in_force(_patch.Entry(_rule(), _known_options()), over=False)
+        options, problems = _known_options()
+        _patch.put_in_force(_patch.Entry(_rule(), options), over=False)
     if _reports:
         from . import _run_report
 
         _run_report.follow(_patch)
+    return problems
 
 
 def _rule() -> _filter.Rule | None:
@@ -106,18 +142,24 @@ def _rule() -> _filter.Rule | None:
     return ("call", refuse)
 
 
-def _known_options() -> _options.Options:
-    """The options of the environment, without those that are wrong there."""
+def _known_options() -> tuple[_options.Options, list[str]]:
+    """The options of the environment without those that are wrong there, and what is wrong."""
     from . import _options
-    from ._errors import StxWarning, warn
 
-    given = {}
+    given, problems = {}, []
     for name in _options.NAMES:
         try:
             text = _options.of_variable(name)
         except ValueError as error:
-            warn(f"{error}; its default holds", StxWarning)
+            problems.append(str(error))
         else:
             if text is not None:
                 given[name] = text
-    return _options.Options(**given)
+    return _options.Options(**given), problems
+
+
+def _warn_of(problems: list[str]) -> None:
+    from ._errors import StxWarning, warn
+
+    for problem in problems:
+        warn(f"{problem}; its default holds", StxWarning)

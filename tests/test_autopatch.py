@@ -176,12 +176,14 @@ def test_a_path_has_to_be_absolute(kind, tmp_path, monkeypatch):
     Path("filter").write_text('["a"]')
     Path("index").write_text('{"weight_map": {"a": "x.safetensors"}}')
     for folder in ("", f"{tmp_path}/"):
-        text = f"file:{folder}filter" if kind == "file:" else f'json:{{"{kind}": ["{folder}index"]}}'
+        text = (
+            f"file:{folder}filter" if kind == "file:" else f'json:{{"{kind}": ["{folder}index"]}}'
+        )
         monkeypatch.setenv("STX_PATCH_FILTER", text)
         if folder:
             assert _environment.filter_rule() is not None
         else:
-            with pytest.raises(ValueError, match="STX_PATCH_FILTER: .* is no absolute path"):
+            with pytest.raises(ValueError, match=r"STX_PATCH_FILTER: .* is no absolute path"):
                 _environment.filter_rule()
 
 
@@ -419,6 +421,97 @@ def test_what_undoes_it_before_safetensors_is_imported():
         assert safetensors.safe_open is safetensors._safetensors_rust.safe_open
         """
     run_python(code, env={"STX_PATCH": "1"})
+
+
+def test_a_warning_that_is_an_error_leaves_the_patch_in_force():
+    code = """
+        from stx_patch._autopatch import activate
+        activate()
+        try:
+            import safetensors
+        except UserWarning as warning:
+            assert str(warning).startswith("STX_PATCH_ENGINE: "), warning
+        else:
+            raise AssertionError
+        import safetensors
+        import stx_patch
+        from stx_patch import _patch
+        assert safetensors.safe_open is not safetensors._safetensors_rust.safe_open
+        assert [entry.rule for entry in _patch._entries] == [("glob", ("a",))]
+        """
+    env = {"STX_PATCH": "1", "STX_PATCH_FILTER": "a", "STX_PATCH_ENGINE": "fast"}
+    run_python(code, env={**env, "PYTHONWARNINGS": "error::UserWarning"})
+
+
+def test_what_fails_meanwhile_is_tried_again():
+    code = """
+        import sys
+        from stx_patch import _autopatch
+        _autopatch.activate()
+        patch_now = _autopatch._patch_now
+        def fail():
+            _autopatch._patch_now = patch_now
+            raise KeyboardInterrupt
+        _autopatch._patch_now = fail
+        try:
+            import safetensors
+        except KeyboardInterrupt:
+            pass
+        import safetensors
+        assert safetensors.safe_open is not safetensors._safetensors_rust.safe_open
+        """
+    run_python(code, env={"STX_PATCH": "1"})
+
+
+def test_a_thread_that_looks_meanwhile_finds_the_patch_in_force():
+    """And so does a child that is forked then, of which nobody else holds the lock."""
+    code = """
+        import os
+        import sys
+        import threading
+        from stx_patch import _autopatch, _patch
+        begun, forked, asked = threading.Event(), threading.Event(), threading.Event()
+        put_in_force = _patch.put_in_force
+
+        def slowly(*arguments, **keywords):
+            begun.set()
+            forked.wait()
+            asked.wait(0.2)
+            put_in_force(*arguments, **keywords)
+
+        def ask():
+            import stx_patch
+            found.append(stx_patch.is_patched())
+            asked.set()
+
+        found = []
+        _patch.put_in_force = slowly
+        del sys.modules["stx_patch._patch"]
+        _autopatch.activate()
+        sys.modules["stx_patch._patch"] = _patch
+        first = threading.Thread(target=_autopatch.settle)
+        first.start()
+        begun.wait()
+        if os.fork() == 0:
+            _patch.put_in_force = put_in_force
+            ask()
+            os._exit(found != [True])
+        assert os.wait()[1] == 0
+        second = threading.Thread(target=ask)
+        second.start()
+        forked.set()
+        first.join()
+        second.join()
+        assert found == [True], found
+        """
+    run_python(code, env={"STX_PATCH": "1"})
+
+
+@pytest.mark.parametrize("use", ["settle", "forget"])
+def test_the_end_of_the_interpreter_has_no_finders(use, monkeypatch):
+    with monkeypatch.context() as patches:
+        patches.setattr(sys, "meta_path", None)
+        getattr(_autopatch, use)()
 
 
 def test_safetensors_that_is_missing_is_missing_as_before():

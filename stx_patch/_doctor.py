@@ -187,6 +187,10 @@ def check_variables(environ: Mapping[str, str]) -> Finding:
         if key == _environment.SWITCH and _environment.switch(environ) is False:
             state = worse(state, NOTE)
             seen[-1] += " (patch() does nothing)"
+        elif key == _environment.SWITCH and text and _environment.switch(environ) is None:
+            state = worse(state, NOTE)
+            seen[-1] += " (says nothing)"
+            advice.append(f"set {key} to 1 (on) or 0 (off)")
         elif key in options or key == _environment.FILTER:
             problem = _problem(options.get(key), text)
             if problem is not None:

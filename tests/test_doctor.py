@@ -267,6 +267,12 @@ VARIABLES = {
     "empty": ({"STX_PATCH_READ_AHEAD": " "}, OK, "STX_PATCH_READ_AHEAD=", None),
     "on": ({"STX_PATCH": "1"}, OK, "STX_PATCH=1", None),
     "off": ({"STX_PATCH": "0"}, NOTE, "STX_PATCH=0 (patch() does nothing)", None),
+    "no switch": (
+        {"STX_PATCH": "off"},
+        NOTE,
+        "STX_PATCH=off (says nothing)",
+        "set STX_PATCH to 1 (on)",
+    ),
     "off, in words": ({"STX_PATCH": "false"}, NOTE, "=false (patch() does nothing)", None),
     "filter": ({"STX_PATCH_FILTER": "a.*,b"}, OK, "STX_PATCH_FILTER=a.*,b", None),
     "wrong filter": (

@@ -42,10 +42,11 @@ if hasattr(os, "register_at_fork"):
 def activate() -> None:
     """Patch this process if STX_PATCH=1 says so: now, or when it imports safetensors.
 
-    Filter and options are those of the environment. Once in a process, and never over a patch that
-    is in force. Nothing that is wrong with a variable is raised here: a wrong option is warned
-    about and left at its default; with a wrong STX_PATCH_FILTER each file that is opened raises a
-    ValueError that names it, since neither all tensors nor none are what was asked for.
+    Filter and options are those of the environment. Once in a process, never against a `patch()`
+    or `unpatch()` of the program, and below its blocks. Nothing that is wrong with a variable is
+    raised here: a wrong option is warned about and left at its default; with a wrong
+    STX_PATCH_FILTER each file that is opened raises a ValueError that names it, since neither all
+    tensors nor none are what was asked for.
     """
     global _activated, _reports
     if _activated or not _environment.switch():
@@ -80,11 +81,15 @@ def settle() -> None:
 
 
 def forget() -> None:
-    """Do not patch this process if it only waits for that: the command line looks at files as they
-    are."""
+    """Do not patch this process, and undo it if that is done (something has imported safetensors):
+    the command line looks at files as they are."""
     with _lock:
         if _is_waiting():
             sys.meta_path.remove(_waiting)
+        elif _activated:
+            from . import _patch
+
+            _patch.take_back()
 
 
 def _is_waiting() -> bool:
@@ -120,9 +125,10 @@ def _patch_now() -> list[str]:
     from . import _patch
 
     problems: list[str] = []
-    if _environment.switch() and not _patch.is_patched():
-        options, problems = _known_options()
-        _patch.put_in_force(_patch.Entry(_rule(), options), over=False)
+    if _environment.switch():
+        options, wrong = _known_options()
+        if _patch.put_in_force(_patch.Entry(_rule(), options), said=False):
+            problems = wrong
     if _reports:
         from . import _run_report
 

@@ -51,6 +51,7 @@ if hasattr(os, "register_at_fork"):
 
 _entries: tuple[Entry, ...] = ()  # replaced, never changed: readers take no lock
 _process_entry: Entry | None = None
+_is_said = False  # by the program: patch() or unpatch(), whose word holds against STX_PATCH=1
 _undo: list[tuple[dict[str, Any], str, Any, Any]] = []
 _bound: set[str] = set()  # homes whose names have been replaced
 _warned = False
@@ -85,34 +86,44 @@ def patch(tensor_filter: _filter.TensorFilter = None, **options: Any) -> None:
         put_in_force(_make_entry(rule, options))
 
 
-def put_in_force(entry: Entry, over: bool = True) -> None:
-    """Make `entry` that of `patch()`; `over`: also where a patch is in force."""
-    global _entries, _process_entry
+def put_in_force(entry: Entry, said: bool = True) -> bool:
+    """Make `entry` that of `patch()`. Not `said` by the program: unless it has said anything
+    itself, and below its blocks. Whether it is done."""
+    global _entries, _process_entry, _is_said
     _warn_once_without_extension()
     _trace.look_at_environment()
     with _lock:
         before = _entries
-        if before and not over:
-            return
+        if not said and (_is_said or _process_entry is not None):
+            return False
         if _process_entry in before:
             _entries = tuple(entry if old is _process_entry else old for old in before)
         else:
-            _entries = (*before, entry)
+            _entries = (*before, entry) if said else (entry, *before)
         try:
             _install(again=True)
         except BaseException:
             _put_back(before)
             raise
-        _process_entry = entry
+        _process_entry, _is_said = entry, said
+        return True
 
 
 def unpatch() -> None:
     """Undo `patch()`. Running `patched()` blocks stay in force. Harmless without a patch."""
-    global _process_entry
+    global _process_entry, _is_said
     with _lock:
+        _is_said = True
         if _process_entry is not None:
             _remove(_process_entry)
             _process_entry = None
+
+
+def take_back() -> None:
+    """Undo what is in force without a word of the program, for good."""
+    with _lock:
+        if not _is_said:
+            unpatch()
 
 
 @contextmanager

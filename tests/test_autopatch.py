@@ -1,7 +1,6 @@
 """Proves: STX_PATCH=1 reaches processes that nobody edits, by a start-up hook that costs nothing
 without it, with the filter and the options of the environment, and never over a patch in force."""
 
-import contextlib
 import importlib
 import os
 import re
@@ -42,6 +41,7 @@ def path(tmp_path):
 def fresh(monkeypatch):
     """As in a process that has not been activated."""
     monkeypatch.setattr(_autopatch, "_activated", False)
+    monkeypatch.setattr(_patch, "_is_said", False)
     yield
     stx_patch.unpatch()
 
@@ -275,18 +275,46 @@ def test_filter_and_options_come_from_the_environment(fresh, path, monkeypatch):
     assert _patch.current().options.engine == "threads"
 
 
-@pytest.mark.parametrize("own", ["patch", "patched"])
-def test_a_patch_in_force_is_left_alone(own, fresh, path, monkeypatch):
+def test_a_patch_in_force_is_left_alone(fresh, path, monkeypatch):
     monkeypatch.setenv("STX_PATCH", "1")
     monkeypatch.setenv("STX_PATCH_FILTER", "b")
-    with contextlib.ExitStack() as stack:
-        if own == "patch":
-            stx_patch.patch("a")
-        else:
-            stack.enter_context(stx_patch.patched("a"))
+    stx_patch.patch("a")
+    _autopatch.activate()
+    assert list(safetensors.torch.load_file(path)) == ["a"]
+    assert len(_patch._entries) == 1
+
+
+def test_it_goes_below_the_blocks_in_force(fresh, path, monkeypatch):
+    monkeypatch.setenv("STX_PATCH", "1")
+    monkeypatch.setenv("STX_PATCH_FILTER", "b")
+    with stx_patch.patched("a"), stx_patch.patched("c.*"):
         _autopatch.activate()
-        assert list(safetensors.torch.load_file(path)) == ["a"]
-        assert len(_patch._entries) == 1
+        assert list(safetensors.torch.load_file(path)) == ["c.weight"]
+    assert list(safetensors.torch.load_file(path)) == ["b"]
+
+
+@pytest.mark.parametrize("patches", [True, False])
+def test_an_unpatch_of_the_program_holds(patches, fresh, monkeypatch):
+    """An entry point may be called after it."""
+    monkeypatch.setenv("STX_PATCH", "1")
+    if patches:
+        stx_patch.patch()
+    stx_patch.unpatch()
+    _autopatch.activate()
+    assert not stx_patch.is_patched()
+
+
+@pytest.mark.parametrize("own", [None, "a"])
+def test_the_command_line_takes_back_only_what_nobody_said(own, fresh, path, monkeypatch, capsys):
+    """safetensors is imported here: activate() patches at once."""
+    monkeypatch.setenv("STX_PATCH", "1")
+    monkeypatch.setenv("STX_PATCH_FILTER", "b")
+    _autopatch.activate()
+    if own is not None:
+        stx_patch.patch(own)
+    assert _cli.main(["explain", str(path)]) == 0
+    assert stx_patch.is_patched() == (own is not None)
+    assert "kept     3 tensors of 3" in capsys.readouterr().out or own is not None
 
 
 def test_it_is_activated_once_so_that_unpatch_holds(fresh, monkeypatch):
